@@ -1,0 +1,41 @@
+# Two commands on a fresh machine with Python 3.11+ and make:
+#   make demo    simulate a cohort, ingest it, pretrain, probe, report
+#   make test    lint, types, import contracts and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.ready
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python must be 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/physioray simulate $(DEMO)/source --subjects 40 --hours 0.75 --seed 0
+	$(BIN)/physioray ingest $(DEMO)/source $(DEMO)/cohort
+	$(BIN)/physioray info $(DEMO)/cohort
+	$(BIN)/python experiments/quickstart.py --cohort $(DEMO)/cohort --out $(DEMO)/run --preset small
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest tests/benchmarks --run-benchmarks -s
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,145 @@
+"""Opens a cohort that ingest has written: which recordings it holds, where their windows lie, whose they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from physioray.signals import Split, label_column
+from physioray.storage import Location, StorageError, open_location
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModality:
+    """How a modality lies in the shards: rate in Hz, samples in a window, and the size of one int16 step."""
+
+    name: str
+    rate: int
+    samples: int
+    step: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRecording:
+    """One recording's shard: `first` is the window id of its first row, `rows` the number of its windows."""
+
+    name: str
+    index: int
+    subject: str
+    subject_index: int
+    split: Split
+    file: str
+    rows: int
+    first: int
+
+
+class Cohort:
+    """A finished cohort: an ordered list of recordings whose windows are numbered through.
+
+    A window id is the row's number over all recordings in the order of the manifest.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        if not (location / MANIFEST).exists():
+            raise StorageError(
+                f"A cohort must hold {MANIFEST}, but {location} has none. Run: physioray ingest SOURCE {location}"
+            )
+        self.manifest: dict[str, Any] = (location / MANIFEST).read_json()
+        if self.manifest["format"] != FORMAT:
+            raise StorageError(
+                f"{location} must have format {FORMAT}, but has {self.manifest['format']}. Ingest it again."
+            )
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.simulated: bool = self.manifest["simulated"]
+        self.modalities = {
+            name: StoredModality(name=name, rate=entry["rate"], samples=entry["samples"], step=entry["step"])
+            for name, entry in self.manifest["modalities"].items()
+        }
+        subjects = sorted({row["subject"] for row in self.manifest["recordings"]})
+        numbers = {subject: number for number, subject in enumerate(subjects)}
+        self.subjects = tuple(subjects)
+        recordings, first = [], 0
+        for index, row in enumerate(self.manifest["recordings"]):
+            recordings.append(
+                StoredRecording(
+                    name=row["recording"],
+                    index=index,
+                    subject=row["subject"],
+                    subject_index=numbers[row["subject"]],
+                    split=row["split"],
+                    file=row["file"],
+                    rows=row["rows"],
+                    first=first,
+                )
+            )
+            first += row["rows"]
+        self.recordings: tuple[StoredRecording, ...] = tuple(recordings)
+        self.windows = first
+
+    @classmethod
+    def open(cls, uri: str | os.PathLike[str], *, anonymous: bool = False) -> Cohort:
+        """Open a cohort by path or URI.
+
+        Raises:
+            StorageError: no finished cohort stands there.
+        """
+        return cls(open_location(uri, anonymous=anonymous))
+
+    def find_windows(
+        self, splits: Iterable[Split] | None = None, subjects: Iterable[str] | None = None
+    ) -> NDArray[np.int64]:
+        """Window ids `(N,)` of some splits or subjects (all of them if None), in ascending order."""
+        allowed_splits = None if splits is None else set(splits)
+        allowed_subjects = None if subjects is None else set(subjects)
+        parts = [
+            np.arange(item.first, item.first + item.rows, dtype=np.int64)
+            for item in self.recordings
+            if (allowed_splits is None or item.split in allowed_splits)
+            and (allowed_subjects is None or item.subject in allowed_subjects)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def locate(self, window_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Recording index `(N,)` and row in its shard `(N,)` of window ids `(N,)`."""
+        firsts = np.array([item.first for item in self.recordings], np.int64)
+        recording = np.searchsorted(firsts, window_ids, side="right") - 1
+        return recording, window_ids - firsts[recording]
+
+    def open_shard(self, recording: StoredRecording) -> pa.ipc.RecordBatchFileReader:
+        """The shard of a recording; memory-mapped if it is a local file."""
+        place = self.location / recording.file
+        source = pa.memory_map(place.path) if place.is_local else place.filesystem.open_input_file(place.path)
+        return pa.ipc.open_file(source)
+
+    def read_column(self, column: str) -> NDArray[Any]:
+        """One small column `(windows,)` over all recordings, for example `label_sleep` or `start`."""
+        parts = []
+        for recording in self.recordings:
+            reader = self.open_shard(recording)
+            number = reader.schema.get_field_index(column)
+            if number < 0:
+                raise StorageError(f"A shard must have {column}, but {recording.file} has {reader.schema.names}.")
+            parts += [
+                reader.get_batch(i).column(number).to_numpy(zero_copy_only=False)
+                for i in range(reader.num_record_batches)
+            ]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    def read_labels(self, task: str) -> NDArray[np.int8]:
+        """Labels `(windows,)` of a task over all recordings, `UNKNOWN` (-1) where there is none."""
+        return self.read_column(label_column(task)).astype(np.int8)
+
+    def has_task(self, task: str) -> bool:
+        """True if at least two classes of a task occur in the cohort."""
+        counts = self.manifest["class_counts"].get(task, [])
+        return sum(count > 0 for count in counts) >= 2

@@ -1,0 +1,1 @@
+"""Tokenizers, transformers and heads: they know tensors and nothing else."""
