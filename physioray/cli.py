@@ -1,0 +1,102 @@
+"""The command line: a few verbs that parse paths and import their room when called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from physioray import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; errors that a user can mend are one line on standard error, without a traceback."""
+    options = _build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("physioray: stopped; the same command continues where it was.", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, LookupError) as error:
+        print(f"physioray: {error}", file=sys.stderr)
+        return 1
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="physioray", description="From raw nights to filled result tables.")
+    parser.add_argument("--version", action="version", version=f"physioray {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    simulate = verbs.add_parser("simulate", help="write a cohort of simulated nights in the CinC 2018 layout")
+    simulate.add_argument("out", metavar="OUT", help="folder to write")
+    simulate.add_argument("--subjects", type=int, default=40, help="number of subjects, one night each (default 40)")
+    simulate.add_argument("--hours", type=float, default=7.7, help="hours of each night (default 7.7)")
+    simulate.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
+    simulate.set_defaults(run=_simulate)
+
+    ingest = verbs.add_parser("ingest", help="turn recordings into a cohort of 30 s windows")
+    ingest.add_argument("source", metavar="SOURCE", help="folder or s3:// URI of the recordings")
+    ingest.add_argument("cohort", metavar="COHORT", help="folder or s3:// URI to write")
+    ingest.add_argument("--modalities", default=None, help="comma-separated, for example eeg,eog,emg,ecg (default)")
+    ingest.add_argument("--arousal-rule", choices=("paper", "majority", "any"), default="paper")
+    ingest.add_argument("--strict", action="store_true", help="fail if any recording is rejected")
+    ingest.add_argument("--anonymous", action="store_true", help="read a public bucket without credentials")
+    ingest.add_argument("--address", default=None, help="a running Ray cluster (default: start one here)")
+    ingest.set_defaults(run=_ingest)
+
+    info = verbs.add_parser("info", help="print a cohort's card")
+    info.add_argument("cohort", metavar="COHORT")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from physioray.data.simulate import simulate_cohort
+    from physioray.progress import ProgressLine
+
+    with ProgressLine("simulate", "nights") as line:
+        simulate_cohort(
+            options.out, subjects=options.subjects, hours=options.hours, seed=options.seed, progress=line.update
+        )
+    print(f"{options.subjects} SIMULATED nights in {options.out}. Next: physioray ingest {options.out} COHORT")
+    return 0
+
+
+def _ingest(options: argparse.Namespace) -> int:
+    from physioray.config import AROUSAL_RULES, IngestConfig
+    from physioray.data.shards import Progress, ingest_cohort
+    from physioray.progress import ProgressLine
+
+    settings = replace(IngestConfig(), arousal_rule=AROUSAL_RULES[options.arousal_rule])
+    if options.modalities:
+        settings = replace(settings, modalities=tuple(name.strip() for name in options.modalities.split(",")))
+    with ProgressLine("ingest", "recordings") as line:
+
+        def show(state: Progress) -> None:
+            note = f"{state.rejected} rejected, {state.hours:.1f} h of signal"
+            line.update(state.done + state.rejected, state.total, note)
+
+        summary = ingest_cohort(
+            options.source,
+            options.cohort,
+            settings,
+            anonymous=options.anonymous,
+            strict=options.strict,
+            address=options.address,
+            progress=show,
+        )
+    print(summary.describe())
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from physioray.data.card import describe_cohort
+    from physioray.data.cohort import Cohort
+
+    print(describe_cohort(Cohort.open(options.cohort)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

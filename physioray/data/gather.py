@@ -1,0 +1,139 @@
+"""Batches straight from the memory map, in process: one machine, tests, a GPU without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+from numpy.typing import NDArray
+
+from physioray.data.batches import Batch, count_steps, order_windows, take_share
+from physioray.data.cohort import Cohort, StoredModality, StoredRecording
+from physioray.signals import BATCH_ROWS, TASKS, label_column, present_column
+from physioray.storage import StorageError
+
+
+class _Shard:
+    """Views into one memory-mapped shard; a record batch's columns are looked up once, when first used."""
+
+    def __init__(self, cohort: Cohort, recording: StoredRecording, modalities: Sequence[str]) -> None:
+        self.reader = cohort.open_shard(recording)
+        self.modalities = tuple(modalities)
+        missing = [name for name in modalities if self.reader.schema.get_field_index(name) < 0]
+        if missing:
+            raise StorageError(f"{recording.file} must hold {missing}, but holds {self.reader.schema.names}.")
+        self.samples = {name: cohort.modalities[name].samples for name in modalities}
+        self.views: dict[int, dict[str, NDArray[np.int16]]] = {}
+
+    def view(self, number: int) -> dict[str, NDArray[np.int16]]:
+        """Signals `(rows, samples)` per modality of record batch `number`, without a copy."""
+        if number not in self.views:
+            record_batch = self.reader.get_batch(number)
+            self.views[number] = {
+                name: view_tensor(record_batch.column(name), self.samples[name]) for name in self.modalities
+            }
+        return self.views[number]
+
+
+def view_tensor(column: pa.Array, samples: int) -> NDArray[np.int16]:
+    """A tensor column as an array `(rows, samples)` that shares its memory."""
+    flat = column.storage.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(len(column), samples)
+
+
+class WindowReader:
+    """Reads any windows of a cohort by id, only the modalities asked for.
+
+    The small columns (labels, presence) of all recordings are read once and kept; signals stay on disk.
+    """
+
+    def __init__(self, cohort: Cohort, modalities: Sequence[str] | None = None) -> None:
+        self.cohort = cohort
+        names = tuple(cohort.modalities) if modalities is None else tuple(modalities)
+        unknown = [name for name in names if name not in cohort.modalities]
+        if unknown:
+            raise StorageError(
+                f"The cohort holds {', '.join(cohort.modalities)}, but {', '.join(unknown)} was asked for. "
+                "Ingest with --modalities to add it."
+            )
+        self.names = names
+        self.shards: dict[int, _Shard] = {}
+        self.firsts = np.array([item.first for item in cohort.recordings], np.int64)
+        self.subjects = np.array([item.subject_index for item in cohort.recordings], np.int64)
+        self.labels = {task: cohort.read_column(label_column(task)).astype(np.int8) for task in TASKS}
+        self.present = {name: cohort.read_column(present_column(name)).astype(bool) for name in names}
+
+    def read(self, window_ids: Int64[np.ndarray, "b"]) -> Batch:
+        """The batch of some windows, in the order given."""
+        recording = np.searchsorted(self.firsts, window_ids, side="right") - 1
+        row = window_ids - self.firsts[recording]
+        signals = {
+            name: np.empty((len(window_ids), self.cohort.modalities[name].samples), np.int16) for name in self.names
+        }
+        # Rows are copied one by one: a row is one contiguous run of bytes in the map.
+        for place, (index, line) in enumerate(zip(recording.tolist(), row.tolist(), strict=True)):
+            shard = self.shards.get(index)
+            if shard is None:
+                shard = self.shards[index] = _Shard(self.cohort, self.cohort.recordings[index], self.names)
+            views = shard.view(line // BATCH_ROWS)
+            inside = line % BATCH_ROWS
+            for name in self.names:
+                signals[name][place] = views[name][inside]
+        return Batch(
+            signals=signals,
+            present={name: self.present[name][window_ids] for name in self.names},
+            labels={task: self.labels[task][window_ids] for task in self.labels},
+            window_id=window_ids,
+            recording=recording,
+            subject=self.subjects[recording],
+        )
+
+
+class GatherSource:
+    """Batches of some windows of a cohort, read in this process.
+
+    Args:
+        cohort: the cohort.
+        window_ids: `(N,)` which windows.
+        batch_size: of the global batch, over all workers.
+        seed: of the order.
+        modalities: which to read; all that the cohort holds if None.
+        rank, world_size: this worker's number and the number of workers.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        window_ids: NDArray[np.int64],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        modalities: Sequence[str] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        reader: WindowReader | None = None,
+    ) -> None:
+        if len(window_ids) < world_size:
+            raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
+        self.reader = reader or WindowReader(cohort, modalities)
+        self.cohort, self.fingerprint = cohort, cohort.fingerprint
+        self.window_ids = np.sort(np.asarray(window_ids, np.int64))
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.modalities: dict[str, StoredModality] = {name: cohort.modalities[name] for name in self.reader.names}
+
+    def count_steps(self) -> int:
+        """Steps of one training pass."""
+        return count_steps(len(self.window_ids), self.batch_size)
+
+    def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        """This worker's share of every global batch of training pass `number`, from `first_step` on."""
+        order = order_windows(self.cohort, self.window_ids, self.seed, number)
+        for step in range(first_step, self.count_steps()):
+            yield self.reader.read(take_share(order, self.batch_size, step, self.rank, self.world_size))
+
+    def iterate_all(self) -> Iterator[Batch]:
+        """This worker's share of all windows, ascending; the last batch may be smaller, or empty for a worker."""
+        for start in range(0, len(self.window_ids), self.batch_size):
+            yield self.reader.read(self.window_ids[start : start + self.batch_size][self.rank :: self.world_size])
