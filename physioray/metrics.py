@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.metrics import (
     accuracy_score,
-    balanced_accuracy_score,
     cohen_kappa_score,
     confusion_matrix,
     f1_score,
+    recall_score,
     roc_auc_score,
 )
 
@@ -88,11 +88,8 @@ def _score_one(
     probabilities: Float[np.ndarray, "n classes"],
 ) -> float:
     if metric == "balanced_accuracy":
-        # scikit-learn leaves classes that are missing from the truth out, but warns when they are predicted.
-        recalls = [np.mean(predicted[true == label] == label) for label in np.unique(true)]
-        if len(np.setdiff1d(predicted, true)):
-            return float(np.mean(recalls))
-        return float(balanced_accuracy_score(true, predicted))
+        # The same value as balanced_accuracy_score, which warns when a class missing from the truth is predicted.
+        return float(recall_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0))
     if metric == "kappa":
         return float(cohen_kappa_score(true, predicted, labels=np.arange(len(task.classes))))
     if metric == "f1_macro":
