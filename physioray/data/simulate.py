@@ -1,0 +1,278 @@
+"""Writes a cohort of simulated nights in the layout of the CinC Challenge 2018: nothing has to be downloaded.
+
+Stages, events and waveforms carry named effect sizes (`physioray.data.hypnogram`, `night`, `brain_signals`,
+`body_signals`, `artefacts`). Whatever is simulated says so: a comment in every header and `SIMULATED.json`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from physioray.data import artefacts, body_signals, brain_signals, hypnogram, night
+from physioray.data.artefacts import spoil_signals
+from physioray.data.body_signals import simulate_body
+from physioray.data.brain_signals import simulate_head
+from physioray.data.challenge_layout import (
+    RATE,
+    list_annotations,
+    quantise,
+    write_annotations,
+    write_arousal_labels,
+    write_signals,
+)
+from physioray.data.hypnogram import AGE_DEVIATION, AGE_MEAN
+from physioray.data.night import mark_arousals, simulate_night
+from physioray.data.waveforms import upsample
+from physioray.signals import WINDOW_SECONDS
+
+MARKER = "SIMULATED.json"
+"""File that says that a folder is simulated, by which arguments and with which effect sizes."""
+FORMAT = 1
+"""Number of this simulation: the same arguments give the same bytes only under the same number."""
+AGE_LIMITS = (18, 93)
+MALE_SHARE = 0.65
+"""Share of men among the people of the challenge (0.6505)."""
+SHORTEST_SECONDS = 2 * WINDOW_SECONDS
+"""One window before scoring starts, as every real record has, and one that is scored."""
+_PARTS = ("length", "person", "night", "head", "body", "artefacts")
+_PARTIAL = ".part"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedRecord:
+    """One record of a simulated cohort: its number among the labelled or the unlabelled ones, and whose it is."""
+
+    seed: int
+    number: int
+    labelled: bool
+    hours: float
+
+    @property
+    def name(self) -> str:
+        """Name as the challenge gives it, for example `tr03-0005`: half, site, number."""
+        return f"{'tr' if self.labelled else 'te'}{3 + self.number % 12:02d}-{self.number + 1:04d}"
+
+    @property
+    def half(self) -> str:
+        """Folder of the record: `training` with labels, `test` without."""
+        return "training" if self.labelled else "test"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the record's files."""
+        endings = (".hea", ".mat", ".arousal", "-arousal.mat") if self.labelled else (".hea", ".mat")
+        return tuple(f"{self.name}{ending}" for ending in endings)
+
+    def random(self, part: str) -> np.random.Generator:
+        """Source of chance of one part of this record, independent of all other records and parts."""
+        return np.random.default_rng([self.seed, int(self.labelled), self.number, _PARTS.index(part)])
+
+    def draw_person(self) -> tuple[str, int]:
+        """Sex (`F` or `M`) and age in years of the person."""
+        random = self.random("person")
+        age = AGE_MEAN + AGE_DEVIATION * random.standard_normal()
+        return ("M" if random.random() < MALE_SHARE else "F"), int(np.clip(round(age), *AGE_LIMITS))
+
+    def count_samples(self) -> int:
+        """Length at 200 Hz: the hours asked for and less than a window more, so that the last one may be partial."""
+        extra = int(self.random("length").integers(0, WINDOW_SECONDS * RATE // 20)) * 20
+        return round(self.hours * 3600 * RATE) + extra
+
+
+def list_records(*, subjects: int, hours: float, seed: int, unlabelled_share: float) -> list[SimulatedRecord]:
+    """The records of a cohort, labelled ones first; one record per subject.
+
+    Raises:
+        ValueError: an argument is out of range; the message says which.
+    """
+    if subjects < 1:
+        raise ValueError(f"--subjects must be at least 1, but got {subjects}. Ask for one or more.")
+    if not math.isfinite(hours) or hours * 3600 < SHORTEST_SECONDS:
+        raise ValueError(
+            f"--hours must give at least two windows ({SHORTEST_SECONDS} s, {SHORTEST_SECONDS / 3600:.4f} h), because "
+            f"the first is never scored, but got {hours}. A full night has 7.7 hours."
+        )
+    if seed < 0:
+        raise ValueError(f"--seed must be 0 or more, but got {seed}. Choose another.")
+    if not 0 <= unlabelled_share <= 1:
+        raise ValueError(f"unlabelled_share must be between 0 and 1, but got {unlabelled_share}.")
+    # The small term keeps a product such as 0.29 * 100 from falling below the whole number that it is.
+    unlabelled = math.floor(subjects * unlabelled_share + 1e-9)
+    halves = [(True, number) for number in range(subjects - unlabelled)]
+    halves += [(False, number) for number in range(unlabelled)]
+    return [
+        SimulatedRecord(seed=seed, number=number, labelled=labelled, hours=float(hours)) for labelled, number in halves
+    ]
+
+
+def simulate_record(out: str, record: SimulatedRecord) -> None:
+    """Write the folder of one record, whole or not at all; a folder that is whole is left alone.
+
+    Args:
+        out: folder of the cohort.
+        record: which record.
+    """
+    folder = os.path.join(out, record.half, record.name)
+    if is_written(out, record):
+        return
+    beside = os.path.join(out, record.half, f".{record.name}{_PARTIAL}")
+    for leftover in (beside, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    os.makedirs(beside)
+    samples = record.count_samples()
+    _, age = record.draw_person()
+    this = simulate_night(record.random("night"), samples, age, RATE)
+    head = simulate_head(record.random("head"), this)
+    channels = {name: upsample(values, RATE // brain_signals.RATE) for name, values in head.items()}
+    channels |= simulate_body(record.random("body"), this)
+    spoil_signals(record.random("artefacts"), this, channels)
+    steps = quantise(channels, samples)
+    write_signals(beside, record.name, steps, f"simulated by physioray (seed {record.seed})")
+    if record.labelled:
+        write_annotations(beside, record.name, list_annotations(this))
+        write_arousal_labels(beside, record.name, this, mark_arousals(this, samples, RATE))
+    os.replace(beside, folder)
+
+
+def is_written(out: str, record: SimulatedRecord) -> bool:
+    """True if all files of a record are there. A record's folder appears whole, so this suffices."""
+    folder = os.path.join(out, record.half, record.name)
+    return all(os.path.isfile(os.path.join(folder, name)) for name in record.files)
+
+
+def simulate_cohort(
+    out: str,
+    *,
+    subjects: int,
+    hours: float,
+    seed: int,
+    unlabelled_share: float = 0.2,
+    progress: Callable[[int, int], None] | None = None,
+    processes: int | None = None,
+) -> None:
+    """Write a cohort of simulated nights in the files and folders of the CinC Challenge 2018.
+
+    A call that was interrupted is finished by the same call, with the same bytes; a finished one is left as it is.
+
+    Args:
+        out: local folder: new, empty, or holding the same call's work.
+        subjects: number of people, one record each.
+        hours: duration of each record (less than a window more); nights shorter than 7.5 h are cut from a random
+            place of a full one.
+        seed: same arguments, same bytes. A record does not depend on how many others there are.
+        unlabelled_share: share of the subjects (rounded down) without labels, in `test/`.
+        progress: called with (records done, records in all), first with those already there.
+        processes: how many to use; None uses one per core, and just this one if there is little to do.
+
+    Raises:
+        ValueError: an argument is out of range.
+        FileExistsError: the folder holds something else.
+    """
+    records = list_records(subjects=subjects, hours=hours, seed=seed, unlabelled_share=unlabelled_share)
+    arguments = {"subjects": subjects, "hours": hours, "seed": seed, "unlabelled_share": unlabelled_share}
+    _claim_folder(out, arguments)
+    left = [record for record in records if not is_written(out, record)]
+    before, total = len(records) - len(left), len(records)
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(before + done, total)
+
+    tell(0)
+    if processes is None:
+        # Starting processes costs about a second each, which a few short records do not repay.
+        processes = 1 if len(left) * hours < 8 else min(len(left), os.cpu_count() or 1)
+    if processes <= 1:
+        for done, record in enumerate(left, start=1):
+            simulate_record(out, record)
+            tell(done)
+    else:
+        _simulate_in_processes(out, left, processes, tell)
+    people = ((record.name, *record.draw_person()) for record in records)
+    table = "Record,Sex,Age\n" + "".join(f"{name},{sex},{age}\n" for name, sex, age in people)
+    _write_once(os.path.join(out, "age-sex.csv"), table)
+    _write_once(os.path.join(out, "RECORDS"), "".join(f"{item.half}/{item.name}/{item.name}\n" for item in records))
+
+
+def _simulate_in_processes(
+    out: str, records: list[SimulatedRecord], processes: int, tell: Callable[[int], None]
+) -> None:
+    # A fresh interpreter per process: forking one that has started threads (torch, Ray) can hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        try:
+            waiting = [pool.submit(simulate_record, out, record) for record in records]
+            for done, future in enumerate(concurrent.futures.as_completed(waiting), start=1):
+                future.result()
+                tell(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def list_effect_sizes() -> dict[str, Any]:
+    """Every named constant of the simulation, `module.NAME` to value: what the signals were made with."""
+    modules: tuple[ModuleType, ...] = (hypnogram, night, brain_signals, body_signals, artefacts)
+    return {
+        f"{module.__name__.rsplit('.', 1)[-1]}.{name}": value
+        for module in modules
+        for name, value in sorted(vars(module).items())
+        if name.isupper() and isinstance(value, int | float | tuple | Mapping)
+    }
+
+
+def _claim_folder(out: str, arguments: dict[str, Any]) -> None:
+    """Make the folder this call's, or refuse it if it holds anything else."""
+    marker = os.path.join(out, MARKER)
+    text = json.dumps(
+        {"simulated": True, "format": FORMAT, "arguments": arguments, "effect_sizes": list_effect_sizes()},
+        indent=1,
+        sort_keys=True,
+    )
+    if os.path.isfile(marker):
+        with open(marker, encoding="utf-8") as source:
+            found = source.read()
+        if found != text + "\n":
+            raise FileExistsError(
+                f"{out} must hold this same simulation, but holds {_describe(found)}; asked for: {arguments}. "
+                "Choose another folder, or remove this one."
+            )
+    elif os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise FileExistsError(
+            f"{out} must be a new or empty folder, or hold an earlier run of the same simulation, but it is neither "
+            f"(it has no {MARKER}). Choose another folder."
+        )
+    else:
+        os.makedirs(out, exist_ok=True)
+        _write_once(marker, text + "\n")
+
+
+def _describe(found: str) -> str:
+    try:
+        said = json.loads(found)
+        return f"one with {said['arguments']} (format {said['format']}, or other effect sizes)"
+    except (ValueError, KeyError, TypeError):
+        return f"a {MARKER} that cannot be read"
+
+
+def _write_once(path: str, text: str) -> None:
+    """Write a file whole or not at all, and leave it alone if it says the same already."""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as source:
+            if source.read() == text:
+                return
+    beside = f"{path}{_PARTIAL}"
+    with open(beside, "w", encoding="utf-8", newline="\n") as sink:
+        sink.write(text)
+    os.replace(beside, path)
