@@ -7,7 +7,7 @@ from jaxtyping import Float32
 
 from physioray.data.brain_signals import EEG_CHANNELS
 from physioray.data.night import Night
-from physioray.data.waveforms import add_waveforms, draw_onsets
+from physioray.data.signal_shapes import add_waveforms, draw_onsets
 
 RATE = 200
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int
 from physioray.data.brain_signals import cover_arousals, pick_by_stage
 from physioray.data.hypnogram import standardise_age
 from physioray.data.night import REM, Night
-from physioray.data.waveforms import add_waveforms, bump, draw_onsets, make_drift, make_noise, smooth, upsample
+from physioray.data.signal_shapes import add_waveforms, bump, draw_onsets, make_drift, make_noise, smooth, upsample
 
 RATE = 200
 BREATH_RATE = 25

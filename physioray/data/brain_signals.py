@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int
 
 from physioray.data.hypnogram import standardise_age
 from physioray.data.night import REM, WAKE, Night
-from physioray.data.waveforms import add_waveforms, draw_onsets, make_drift, make_noise, smooth, upsample
+from physioray.data.signal_shapes import add_waveforms, draw_onsets, make_drift, make_noise, smooth, upsample
 
 RATE = 100
 """Samples per second at which the head's signals are made; they hold nothing above 45 Hz but mains hum."""

@@ -33,7 +33,7 @@ from physioray.data.challenge_layout import (
 )
 from physioray.data.hypnogram import AGE_DEVIATION, AGE_MEAN
 from physioray.data.night import mark_arousals, simulate_night
-from physioray.data.waveforms import upsample
+from physioray.data.signal_shapes import upsample
 from physioray.signals import WINDOW_SECONDS
 
 MARKER = "SIMULATED.json"
