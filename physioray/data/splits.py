@@ -63,17 +63,9 @@ class Division:
         """Number of labelled subjects: those of training, validation and test."""
         return sum(len(self.splits[name]) for name in SPLITS if name != "pretrain")
 
-    def find_split(self, subject: str) -> Split:
-        """The split of a subject.
-
-        Raises:
-            SplitError: the subject is in no split.
-        """
-        for name, members in self.splits.items():
-            if subject in members:
-                return name
-        known = sum(len(members) for members in self.splits.values())
-        raise SplitError(f"Every subject must be in a split, but {subject!r} is in none of the {known} divided.")
+    def map_subjects(self) -> dict[str, Split]:
+        """The split of every subject."""
+        return {subject: name for name, members in self.splits.items() for subject in members}
 
     def to_dict(self) -> dict[str, Any]:
         """The division as plain JSON values."""

@@ -168,11 +168,11 @@ def test_the_published_file_reads_back_and_a_leak_in_it_is_found(tmp_path) -> No
         read_division(cohort)
 
 
-def test_a_missing_subject_is_a_clear_miss() -> None:
-    division = divide_subjects(_subjects(10), SplitConfig())
-    assert division.find_split(division.splits["test"][0]) == "test"
-    with pytest.raises(SplitError, match="'nobody'"):
-        division.find_split("nobody")
+def test_every_subject_knows_its_split() -> None:
+    division = divide_subjects(_subjects(10, 1), SplitConfig())
+    splits = division.map_subjects()
+    assert len(splits) == 11 and splits["te0000"] == "pretrain"
+    assert {name for name, split in splits.items() if split == "test"} == set(division.splits["test"])
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 21, 99])
