@@ -163,7 +163,9 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.hidden_ratio < 1, "MaskConfig.hidden_ratio must be in (0, 1)", self.hidden_ratio)
-        _require(0 <= self.drop_probability <= 1, "MaskConfig.drop_probability must be in [0, 1]", self.drop_probability)
+        _require(
+            0 <= self.drop_probability <= 1, "MaskConfig.drop_probability must be in [0, 1]", self.drop_probability
+        )
         _require_choice("MaskConfig.drop_scope", self.drop_scope, ("batch", "rank", "sample"))
 
 
@@ -245,7 +247,7 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     for name, value in values.items():
         default = known[name].default
         if isinstance(value, dict) and is_dataclass(default):
-            arguments[name] = from_dict(type(default), value)  # type: ignore[arg-type]
+            arguments[name] = from_dict(type(default), value)
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)

@@ -27,6 +27,7 @@ class ProgressLine:
         self.last_shown = float("-inf")
         self.terminal = sys.stderr.isatty()
         self.width = 0
+        self.finished = False
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -50,6 +51,14 @@ class ProgressLine:
             sys.stderr.write("\r" + text.ljust(self.width))
             self.width = max(self.width, len(text))
             sys.stderr.flush()
-        elif done >= total or now - self.last_shown >= self.log_seconds:
-            self.last_shown = now
+        elif (done >= total and not self.finished) or now - self.last_shown >= self.log_seconds:
+            self.last_shown, self.finished = now, done >= total
+            print(text, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the one that is rewritten."""
+        if self.terminal:
+            sys.stderr.write("\r" + text.ljust(self.width) + "\n")
+            sys.stderr.flush()
+        else:
             print(text, file=sys.stderr, flush=True)

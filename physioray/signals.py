@@ -71,8 +71,11 @@ class Modality:
 
 
 _EEG = ("F3-M2", "F4-M1", "C3-M2", "C4-M1", "O1-M2", "O2-M1")
-_EEG_ELSEWHERE = ("F3-A2", "F4-A1", "C3-A2", "C4-A1", "O1-A2", "O2-A1", "EEG (C4-A1)", "EEG (C3-O1)", "EEG (O2-A1)")
-_EEG_ELSEWHERE += ("EEG Fpz-Cz", "EEG Pz-Oz", "EEG")
+_EEG_ELSEWHERE: tuple[str, ...] = (
+    *("F3-A2", "F4-A1", "C3-A2", "C4-A1", "O1-A2", "O2-A1"),
+    *("EEG (C4-A1)", "EEG (C3-O1)", "EEG (O2-A1)"),
+    *("EEG Fpz-Cz", "EEG Pz-Oz", "EEG"),
+)
 
 MODALITIES: Mapping[str, Modality] = {
     modality.name: modality
@@ -224,7 +227,5 @@ def shard_schema(modalities: tuple[str, ...], tasks: tuple[str, ...] = tuple(TAS
     fields = [pa.field("window", pa.int32()), pa.field("start", pa.float64())]
     fields += [pa.field(present_column(name), pa.bool_()) for name in modalities]
     fields += [pa.field(label_column(task), pa.int8()) for task in tasks]
-    fields += [
-        pa.field(name, pa.fixed_shape_tensor(pa.int16(), [find_modality(name).samples])) for name in modalities
-    ]
+    fields += [pa.field(name, pa.fixed_shape_tensor(pa.int16(), [find_modality(name).samples])) for name in modalities]
     return pa.schema(fields)

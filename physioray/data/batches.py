@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int16, Int64
@@ -40,11 +40,19 @@ class Batch:
         return len(self.window_id)
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Whatever delivers batches: in process, or through Ray Data."""
 
-    modalities: Mapping[str, StoredModality]
-    fingerprint: str
+    @property
+    def modalities(self) -> Mapping[str, StoredModality]:
+        """The modalities that the batches hold, and how they are stored."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the cohort that the batches come from."""
+        ...
 
     def count_steps(self) -> int:
         """Steps of one training pass."""
@@ -76,17 +84,21 @@ def order_windows(
     Returns:
         `(N,)` the same window ids, ordered.
     """
-    generator = np.random.default_rng([seed, pass_number])
     ids = np.sort(np.asarray(window_ids, np.int64))
-    shuffled = ids[generator.permutation(len(ids))]
-    recording, _ = cohort.locate(shuffled)
-    grouped = np.argsort(recording, kind="stable")
-    counts = np.bincount(recording, minlength=len(cohort.recordings))
-    starts = np.cumsum(counts) - counts
-    rank = np.empty(len(ids), np.int64)
-    rank[grouped] = np.arange(len(ids)) - np.repeat(starts, counts)
-    place = (rank + generator.random(len(ids))) / counts[recording]
-    return shuffled[np.argsort(place, kind="stable")]
+    return ids[spread_recordings(cohort.locate(ids)[0], seed, pass_number)]
+
+
+def spread_recordings(recording: Int64[np.ndarray, "n"], seed: int, pass_number: int) -> Int64[np.ndarray, "n"]:
+    """The permutation `(N,)` behind `order_windows`, for windows that belong to `recording` `(N,)`."""
+    generator = np.random.default_rng([seed, pass_number])
+    shuffle = generator.permutation(len(recording))
+    owner = recording[shuffle]
+    grouped = np.argsort(owner, kind="stable")
+    counts = np.bincount(owner)
+    rank = np.empty(len(owner), np.int64)
+    rank[grouped] = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = (rank + generator.random(len(owner))) / counts[owner]
+    return shuffle[np.argsort(place, kind="stable")]
 
 
 def count_steps(windows: int, batch_size: int) -> int:

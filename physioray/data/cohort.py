@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from physioray.signals import Split, label_column
+from physioray.signals import MODALITIES, Split, label_column
 from physioray.storage import Location, StorageError, open_location
 
 MANIFEST = "manifest.json"
@@ -63,7 +63,9 @@ class Cohort:
         self.simulated: bool = self.manifest["simulated"]
         self.modalities = {
             name: StoredModality(name=name, rate=entry["rate"], samples=entry["samples"], step=entry["step"])
-            for name, entry in self.manifest["modalities"].items()
+            for name, entry in sorted(
+                self.manifest["modalities"].items(), key=lambda item: list(MODALITIES).index(item[0])
+            )
         }
         subjects = sorted({row["subject"] for row in self.manifest["recordings"]})
         numbers = {subject: number for number, subject in enumerate(subjects)}

@@ -1,0 +1,174 @@
+"""The same batches in the same order as `data/gather`, through Ray Data, for any number of workers.
+
+Each worker runs a dataset of its own over its share of the order: a custom datasource whose read tasks gather
+rows from the shards and emit them as Arrow blocks, on whatever node has a CPU free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from numpy.typing import NDArray
+from ray.data import DataContext, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from physioray.data.batches import Batch, count_steps, order_windows, take_share
+from physioray.data.cohort import Cohort, StoredModality
+from physioray.data.gather import WindowReader
+from physioray.signals import TASKS, label_column, present_column
+
+TASK_WINDOWS = 512
+"""Windows of one read task: enough that starting a task costs little beside its reading."""
+
+
+class _OrderedWindows(Datasource):
+    """Emits given windows in the given order; consecutive batches are gathered by one read task."""
+
+    def __init__(self, cohort: Cohort, modalities: Sequence[str], batches: list[NDArray[np.int64]]) -> None:
+        super().__init__()
+        self.uri, self.fingerprint = cohort.location.uri, cohort.fingerprint
+        self.modalities, self.batches = tuple(modalities), batches
+        self.row_bytes = sum(2 * cohort.modalities[name].samples for name in modalities) + 64
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of all windows together."""
+        return self.row_bytes * sum(len(batch) for batch in self.batches)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,  # noqa: ARG002
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,  # noqa: ARG002
+    ) -> list[ReadTask]:
+        """Read tasks of about TASK_WINDOWS windows each, in order."""
+        each = max(1, TASK_WINDOWS // max(1, len(self.batches[0])))
+        tasks = []
+        for first in range(0, len(self.batches), each):
+            chunk = self.batches[first : first + each]
+            rows = sum(len(batch) for batch in chunk)
+            metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self.row_bytes, input_files=None, exec_stats=None)
+            read = _make_read(self.uri, self.fingerprint, self.modalities, chunk)
+            tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+
+def _make_read(
+    uri: str, fingerprint: str, modalities: tuple[str, ...], chunk: list[NDArray[np.int64]]
+) -> Callable[[], Iterable[pa.Table]]:
+    def read() -> Iterator[pa.Table]:
+        reader = _open_reader(uri, fingerprint, modalities)
+        for window_ids in chunk:
+            yield _to_table(reader.read(window_ids))
+
+    return read
+
+
+@lru_cache(maxsize=4)
+def _open_reader(uri: str, fingerprint: str, modalities: tuple[str, ...]) -> WindowReader:
+    """One reader per process and cohort: its maps and small columns serve all read tasks that come by.
+
+    The fingerprint is part of the key, so that a cohort made anew under the same path is opened anew.
+    """
+    reader = WindowReader(Cohort.open(uri), modalities)
+    if reader.cohort.fingerprint != fingerprint:
+        raise ValueError(f"The cohort at {uri} must stay the same during a run, but it was made anew. Start again.")
+    return reader
+
+
+def _to_table(batch: Batch) -> pa.Table:
+    columns: dict[str, pa.Array] = {
+        "window_id": pa.array(batch.window_id),
+        "recording": pa.array(batch.recording),
+        "subject": pa.array(batch.subject),
+    }
+    columns |= {present_column(name): pa.array(here) for name, here in batch.present.items()}
+    columns |= {label_column(task): pa.array(label) for task, label in batch.labels.items()}
+    for name, signal in batch.signals.items():
+        flat = pa.array(signal.reshape(-1))
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, signal.shape[1])
+    return pa.table(columns)
+
+
+def _to_batch(table: pa.Table, modalities: Sequence[str]) -> Batch:
+    table = table.combine_chunks()
+
+    def column(name: str) -> np.ndarray:
+        return table.column(name).chunk(0).to_numpy(zero_copy_only=False)
+
+    signals = {}
+    for name in modalities:
+        chunk = table.column(name).chunk(0)
+        signals[name] = chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
+    return Batch(
+        signals=signals,
+        present={name: column(present_column(name)) for name in modalities},
+        labels={task: column(label_column(task)) for task in TASKS},
+        window_id=column("window_id"),
+        recording=column("recording"),
+        subject=column("subject"),
+    )
+
+
+class StreamSource:
+    """Batches of some windows of a cohort, read by Ray tasks; arguments as for `GatherSource`."""
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        window_ids: NDArray[np.int64],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        modalities: Sequence[str] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(window_ids) < world_size:
+            raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
+        names = tuple(cohort.modalities) if modalities is None else tuple(modalities)
+        self.cohort, self.fingerprint = cohort, cohort.fingerprint
+        self.window_ids = np.sort(np.asarray(window_ids, np.int64))
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.modalities: dict[str, StoredModality] = {name: cohort.modalities[name] for name in names}
+
+    def count_steps(self) -> int:
+        """Steps of one training pass."""
+        return count_steps(len(self.window_ids), self.batch_size)
+
+    def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        """This worker's share of every global batch of training pass `number`, from `first_step` on."""
+        order = order_windows(self.cohort, self.window_ids, self.seed, number)
+        steps = range(first_step, self.count_steps())
+        return self._stream([take_share(order, self.batch_size, step, self.rank, self.world_size) for step in steps])
+
+    def iterate_all(self) -> Iterator[Batch]:
+        """This worker's share of all windows, ascending; the last batch may be smaller."""
+        starts = range(0, len(self.window_ids), self.batch_size)
+        shares = [self.window_ids[start : start + self.batch_size][self.rank :: self.world_size] for start in starts]
+        return self._stream([share for share in shares if len(share)])
+
+    def _stream(self, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        if not batches:
+            return
+        _keep_order()
+        dataset = ray.data.read_datasource(_OrderedWindows(self.cohort, tuple(self.modalities), batches))
+        # Every batch but the last has the same size, so cutting the stream by that size gives back the batches.
+        tables = dataset.iter_batches(batch_size=len(batches[0]), batch_format="pyarrow", prefetch_batches=2)
+        for table, expected in zip(tables, batches, strict=True):
+            batch = _to_batch(table, tuple(self.modalities))
+            if not np.array_equal(batch.window_id, expected):
+                raise RuntimeError("Ray Data must keep the order of windows, but changed it: report this as a bug.")
+            yield batch
+
+
+def _keep_order() -> None:
+    """Settings of Ray Data in this process: blocks in order, no bars."""
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,202 @@
+"""Runs the training loop under Ray Train on any number of workers, fed by Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from physioray.checkpoint import load_checkpoint, restore_state
+from physioray.data.stream import StreamSource
+from physioray.journal import Screen
+from physioray.pretrain import PretrainJob, pretrain
+from physioray.storage import open_location
+from physioray.train import TrainResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a run asks of the cluster.
+
+    Attributes:
+        workers: processes that train together.
+        gpus_per_worker: 0 or 1.
+        cpus_per_worker: CPUs withheld from reading.
+        reading_cpus: CPUs that Ray Data needs at the least, over all workers.
+        retries: how often a failed worker group is started again from the last checkpoint.
+    """
+
+    workers: int = 1
+    gpus_per_worker: int = 0
+    cpus_per_worker: int = 1
+    reading_cpus: int = 2
+    retries: int = 2
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Carries progress from the first worker to the driver's terminal, wherever the worker runs."""
+
+    def __init__(self) -> None:
+        self.state: tuple[int, int, str] | None = None
+        self.lines: list[str] = []
+
+    def update(self, done: int, total: int, note: str) -> None:
+        self.state = (done, total, note)
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def read(self, first: int) -> tuple[tuple[int, int, str] | None, list[str]]:
+        return self.state, self.lines[first:]
+
+
+class _BoardScreen:
+    """The worker's side of a board; at most one step a second is sent."""
+
+    def __init__(self, board: Any) -> None:
+        self.board, self.sent = board, float("-inf")
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        if done >= total or time.monotonic() - self.sent >= 1:
+            self.sent = time.monotonic()
+            self.board.update.remote(done, total, note)
+
+    def say(self, text: str) -> None:
+        self.board.say.remote(text)
+
+
+@contextmanager
+def _show_board(screen: Screen | None) -> Iterator[Any]:
+    """A board whose content is shown on `screen` every second while the body runs."""
+    board, stop, seen = _Board.remote(), threading.Event(), 0  # type: ignore[attr-defined]
+
+    def show() -> None:
+        nonlocal seen
+        try:
+            state, lines = ray.get(board.read.remote(seen), timeout=10)
+        except ray.exceptions.RayError:  # a lost board must not end a run
+            return
+        seen += len(lines)
+        if screen is not None:
+            for line in lines:
+                screen.say(line)
+            if state is not None:
+                screen.update(*state)
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            show()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        watcher.join()
+        show()
+        ray.kill(board)
+
+
+@contextmanager
+def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]:
+    """Join a running Ray cluster, or start one on this machine and stop it afterwards.
+
+    Args:
+        address: of a running cluster, `auto` for the one this machine belongs to; None starts one here.
+        cpus: logical CPUs that a cluster started here has at the least. Reading costs little beside training,
+            so on two cores three or four logical CPUs only let Ray Data run beside the workers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        count = max(cpus, os.cpu_count() or 1)
+        ray.init(
+            address="local", num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def pretrain_on_cluster(
+    job: PretrainJob,
+    resources: Resources = Resources(),
+    *,
+    address: str | None = None,
+    screen: Screen | None = None,
+) -> TrainResult:
+    """Run a pretraining job on a Ray cluster; run again, it goes on from its last checkpoint.
+
+    Raises:
+        ValueError: the cluster has no CPU left for reading beside the workers.
+    """
+    needed = resources.workers * resources.cpus_per_worker + resources.reading_cpus
+    with join_cluster(address, cpus=needed):
+        _check_resources(resources)
+        out = open_location(job.out)
+        # Ray keeps its own files of a run here; checkpoints and results are the job's own, in `out`.
+        storage = f"{out.uri}/ray" if not out.is_local else os.path.join(out.path, "ray")
+        per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+        with _show_board(screen) as board:
+            trainer = TorchTrainer(
+                _train_worker,
+                train_loop_config={"job": job, "board": board},
+                scaling_config=ScalingConfig(
+                    num_workers=resources.workers,
+                    use_gpu=resources.gpus_per_worker > 0,
+                    resources_per_worker={name: count for name, count in per_worker.items() if count},
+                ),
+                run_config=RunConfig(
+                    name="train", storage_path=storage, failure_config=FailureConfig(max_failures=resources.retries)
+                ),
+            )
+            trainer.fit()
+    return _read_result(job)
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    """What every worker runs: the same function as in one process, with batches from Ray Data."""
+    job: PretrainJob = arguments["job"]
+    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    result = pretrain(job, make_source=StreamSource, device=device, screen=_BoardScreen(arguments["board"]))
+    last = result.history[-1]
+    ray.train.report({"pass": last["pass"], "loss": last["loss"], "validation_loss": last["validation_loss"] or 0.0})
+
+
+def _read_result(job: PretrainJob) -> TrainResult:
+    content = load_checkpoint(open_location(job.out) / "checkpoints" / "last.pt")
+    return TrainResult(history=restore_state(content).history)
+
+
+def _check_resources(resources: Resources) -> None:
+    """Refuse to start what would wait for ever: workers that take every CPU leave none to read with."""
+    total = ray.cluster_resources()
+    workers = resources.workers * resources.cpus_per_worker
+    if total.get("CPU", 0) < workers + 1:
+        raise ValueError(
+            f"The cluster must have a CPU for reading beside the workers' {workers}, but it has "
+            f"{total.get('CPU', 0):.0f} in all. Start Ray with more logical CPUs, or use fewer workers."
+        )
+    gpus = resources.workers * resources.gpus_per_worker
+    if total.get("GPU", 0) < gpus:
+        raise ValueError(f"The cluster must have {gpus} GPUs, but it has {total.get('GPU', 0):.0f}.")

@@ -1,0 +1,49 @@
+"""Named sizes of the whole recipe: the paper's, one for small machines, one for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from physioray.config import ModelConfig, ReconstructionConfig, TrainConfig
+from physioray.signals import LookupMiss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and how it is pretrained."""
+
+    model: ModelConfig
+    objective: ReconstructionConfig = ReconstructionConfig()
+    train: TrainConfig
+
+
+PRESETS: Mapping[str, Preset] = {
+    # Fang et al. 2024, sections 3.2 and 3.5. One pass over 1.52 million windows is 1,484 steps.
+    "paper": Preset(model=ModelConfig(), train=TrainConfig()),
+    # For two cores and some thousand windows. No dropout: with it, losses would depend on the number of workers.
+    "small": Preset(
+        model=ModelConfig(width=128, layers=4, heads=4, dropout=0.0),
+        train=TrainConfig(
+            passes=25, batch_size=64, learning_rate=1e-3, warmup_passes=2, precision="fp32", checkpoint_minutes=2
+        ),
+    ),
+    # For tests: a second on one core.
+    "tiny": Preset(
+        model=ModelConfig(width=32, layers=2, heads=2, dropout=0.0, tokenizer_channels=8),
+        train=TrainConfig(
+            passes=3, batch_size=16, learning_rate=1e-3, warmup_passes=1, precision="fp32", checkpoint_minutes=2
+        ),
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """Look a preset up by name.
+
+    Raises:
+        LookupMiss: no such preset; the message lists those that exist.
+    """
+    if name not in PRESETS:
+        raise LookupMiss(f"A preset must be one of {', '.join(PRESETS)}, but got {name!r}.")
+    return PRESETS[name]

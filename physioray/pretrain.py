@@ -1,0 +1,177 @@
+"""From settings to a pretrained checkpoint: builds model, objective and batches, and runs the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from physioray.checkpoint import load_checkpoint
+from physioray.config import ModelConfig, ReconstructionConfig, TrainConfig, from_dict, list_assumptions, to_dict
+from physioray.data.batches import Batch, BatchSource
+from physioray.data.cohort import Cohort, StoredModality
+from physioray.data.gather import GatherSource
+from physioray.journal import Journal, Screen
+from physioray.models.fused import FusedEncoder, MaskedAutoencoder
+from physioray.objectives.reconstruction import MaskedReconstruction
+from physioray.presets import Preset
+from physioray.signals import PRETRAINING_SPLITS, Split, present_column
+from physioray.storage import Location, StorageError, open_location
+from physioray.train import TrainResult, WorkerGroup, to_tensors, train
+
+MakeSource = Callable[..., BatchSource]
+"""Makes this worker's batches: `GatherSource` or `StreamSource`, called with the same arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob:
+    """One pretraining: what is trained, on which windows of which cohort, and where it is kept.
+
+    Attributes:
+        cohort: path or URI of the cohort.
+        out: path or URI of the run's folder; checkpoints go to `checkpoints/` in it.
+        model, objective, train: settings.
+        splits: whose windows are pretrained on, without their labels.
+        keep_passes: after which passes the weights are kept, for the curve of scores against passes.
+        threads: CPU threads of a worker; PyTorch's own choice if None.
+    """
+
+    cohort: str
+    out: str
+    model: ModelConfig
+    objective: ReconstructionConfig = ReconstructionConfig()
+    train: TrainConfig
+    splits: tuple[Split, ...] = PRETRAINING_SPLITS
+    keep_passes: tuple[int, ...] = ()
+    threads: int | None = None
+
+    @classmethod
+    def from_preset(cls, preset: Preset, *, cohort: str, out: str, **changes: Any) -> PretrainJob:
+        """A job of a preset's sizes."""
+        values: dict[str, Any] = {"model": preset.model, "objective": preset.objective, "train": preset.train}
+        return cls(cohort=cohort, out=out, **(values | changes))
+
+    def describe(self) -> dict[str, Any]:
+        """The job as plain JSON values, with the assumptions in force."""
+        return to_dict(self) | {"assumptions": list_assumptions(self.model, self.objective, self.train)}
+
+
+def choose_passes(passes: int) -> tuple[int, ...]:
+    """At which passes a curve is measured: the start, the end, and 1, 2, 5, 10, 20, 50 ... between."""
+    marks = {0, passes} | {step * 10**power for power in range(5) for step in (1, 2, 5)}
+    return tuple(sorted(mark for mark in marks if mark <= passes))
+
+
+def find_pretraining_windows(cohort: Cohort, splits: Sequence[Split], modalities: Sequence[str]) -> NDArray[np.int64]:
+    """Windows `(N,)` of some splits in which at least one of the modalities is present.
+
+    Raises:
+        StorageError: there is none.
+    """
+    windows = cohort.find_windows(splits=splits)
+    anything = np.zeros(cohort.windows, bool)
+    for name in modalities:
+        anything |= cohort.read_column(present_column(name)).astype(bool)
+    found = windows[anything[windows]]
+    if len(found) == 0:
+        raise StorageError(
+            f"Pretraining must have windows with {', '.join(modalities)} in the splits {', '.join(splits)}, "
+            f"but {cohort.location} has none."
+        )
+    return found
+
+
+def pretrain(
+    job: PretrainJob,
+    *,
+    make_source: MakeSource = GatherSource,
+    group: WorkerGroup | None = None,
+    device: torch.device | str = "cpu",
+    screen: Screen | None = None,
+) -> TrainResult:
+    """Run a job in this process, as one of the workers of `group`, or take it up where it stopped."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    group = group or WorkerGroup()
+    cohort, out = Cohort.open(job.cohort), open_location(job.out)
+    names = job.model.modalities
+    shared = {
+        "batch_size": job.train.batch_size,
+        "seed": job.train.seed,
+        "modalities": names,
+        "rank": group.rank,
+        "world_size": group.world_size,
+    }
+    source = make_source(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
+    held_out = cohort.find_windows(splits=["validation"])
+    validation = None
+    if "validation" not in job.splits and len(held_out) >= group.world_size:
+        validation = make_source(cohort, find_pretraining_windows(cohort, ["validation"], names), **shared)
+    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
+    if group.rank == 0:
+        (out / "config.json").write_json(job.describe() | {"cohort_fingerprint": cohort.fingerprint})
+    return train(
+        model=build_autoencoder(job.model, job.train.seed),
+        objective=MaskedReconstruction(job.objective),
+        source=source,
+        validation=validation,
+        config=job.train,
+        folder=out / "checkpoints",
+        keep_passes=frozenset(job.keep_passes),
+        identity={"model": to_dict(job.model), "objective": to_dict(job.objective), "splits": list(job.splits)},
+        reporter=journal,
+        group=group,
+        device=device,
+    )
+
+
+def build_autoencoder(config: ModelConfig, seed: int) -> MaskedAutoencoder:
+    """An untrained masked autoencoder; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaskedAutoencoder(config)
+
+
+def load_autoencoder(place: Location, device: torch.device | str = "cpu") -> MaskedAutoencoder:
+    """The model of a checkpoint, in evaluation mode.
+
+    Raises:
+        StorageError: there is no checkpoint, or it is not that of a masked autoencoder.
+    """
+    content = load_checkpoint(place, device)
+    model = MaskedAutoencoder(from_dict(ModelConfig, content["identity"]["model"]))
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise StorageError(f"{place} must hold the weights of its own config, but: {error}") from error
+    return model.to(device).eval()
+
+
+def make_encode(
+    encoder: FusedEncoder, modalities: dict[str, StoredModality], device: torch.device | str = "cpu"
+) -> Callable[[Batch], NDArray[np.float32]]:
+    """A function from a batch to its embeddings `(B, features)`, encoder frozen."""
+    encoder = encoder.to(device).eval()
+
+    @torch.inference_mode()
+    def encode(batch: Batch) -> NDArray[np.float32]:
+        windows = to_tensors(batch, modalities, device)
+        return encoder.embed(windows.signals, windows.present).float().cpu().numpy()
+
+    return encode
+
+
+def fit_modalities(model: ModelConfig, cohort: Cohort) -> ModelConfig:
+    """The same model for the modalities that a cohort holds."""
+    return replace(model, modalities=tuple(cohort.modalities))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
