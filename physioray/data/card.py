@@ -41,7 +41,7 @@ def describe_cohort(cohort: Cohort, *, width: int = _WIDTH, color: bool = False)
     for note in manifest["splits"]["notes"]:
         _say(console, note)
     sizes = manifest["splits"]["training_subsets"]
-    if sizes:
+    if sizes and not manifest["splits"]["notes"]:
         _say(console, f"Nested training subsets: {', '.join(map(str, sizes))} subjects.")
     for name, task in TASKS.items():
         if sum(manifest["class_counts"][name]):
@@ -53,7 +53,7 @@ def describe_cohort(cohort: Cohort, *, width: int = _WIDTH, color: bool = False)
     console.print(_tabulate_channels(manifest))
     _print_doubts(console, manifest, _read_facts(cohort))
     _print_rejected(console, manifest["rejected"])
-    return out.getvalue().rstrip() + "\n"
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines()) + "\n"
 
 
 def _say(console: Console, text: str) -> None:
@@ -114,8 +114,8 @@ def _describe_arousal_rule(rule: Mapping[str, Any]) -> str:
 def _tabulate_channels(manifest: Mapping[str, Any]) -> Table:
     columns = ("rate (Hz)", "present", "channels (recordings)", "spread: median (range)", "plausible")
     table = _make_table("Modalities", "modality", columns)
-    for name, modality in manifest["modalities"].items():
-        check = manifest["amplitude_checks"][name]
+    for name in manifest["settings"]["modalities"]:
+        modality, check = manifest["modalities"][name], manifest["amplitude_checks"][name]
         used = ", ".join(f"{channel} ({count})" for channel, count in manifest["channels"][name].items())
         spread = "none"
         if check["median"] is not None:

@@ -304,15 +304,13 @@ def _convert_and_store(job: _Job) -> LedgerRow | _DiskFull:
 
 
 def _convert(job: _Job, source: Location, cohort: Location) -> LedgerRow:
-    # Before reading, so that a file that is mended meanwhile is tried again.
-    stamp = stamp_files(source, job.entry)
     try:
         converted = convert_recording(
             source, job.entry, job.settings, subject=job.subject, discontinuities=job.discontinuities
         )
         shard = write_shard(cohort, f"{SHARDS}/{job.key}.arrow", converted.table)
     except RejectedRecording as error:
-        return reject(job.key, job.entry, "recording", str(error), stamp)
+        return reject(job.key, job.entry, "recording", str(error), stamp_files(source, job.entry))
     except Exception as error:
         if is_disk_full(error):
             raise
