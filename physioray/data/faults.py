@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int16, Real
+from jaxtyping import Bool, Int16, Real, Shaped
 
 from physioray.signals import WINDOW_SECONDS
 
@@ -50,7 +50,7 @@ def find_invalid(raw: Real[np.ndarray, "samples"]) -> Bool[np.ndarray, "samples"
     return raw == INVALID_SAMPLE if raw.dtype == np.int16 else np.zeros(len(raw), np.bool_)
 
 
-def _cut(values: Real[np.ndarray, "samples"], rate: float, windows: int) -> list[Real[np.ndarray, "window"]]:
+def _cut(values: Shaped[np.ndarray, "samples"], rate: float, windows: int) -> list[Shaped[np.ndarray, "window"]]:
     edges = np.rint(np.arange(windows + 1) * WINDOW_SECONDS * rate).astype(np.int64)
     return [values[first:last] for first, last in itertools.pairwise(edges)]
 

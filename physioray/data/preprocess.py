@@ -20,6 +20,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Bool, Complex64, Float32, Float64, Int16, Int64, Real
 from scipy import fft
+from scipy.signal import oaconvolve
 
 from physioray.config import IngestConfig
 from physioray.data.faults import WindowFaults, find_faults, find_invalid
@@ -30,6 +31,9 @@ _SAFE_SHARE = 0.45
 _ROBUST_DEVIATIONS = 8.0
 _IQR_OF_NORMAL = 1.3489795003921634
 _LONGEST_RESPONSE = 2**23
+_LARGEST_FACTOR = 2000
+_LARGEST_DRIFT = 1e-6
+"""How far the ratio of two rates may be from the exact one: 0.03 s in a night."""
 _CLIP_SHARE = 0.5
 """A window is clipped if more than this share of its scaled samples lies beyond `IngestConfig.clip`."""
 
@@ -97,15 +101,21 @@ def design_filter(source_rate: float, rate: int, band: tuple[float, float], sett
         settings: `transition` and `decimate_antialias`.
 
     Raises:
-        ValueError: the source is slower than `rate`, or no band is left.
+        AbsentModality: the source is slower than `rate`, or the two rates have no simple ratio.
+        ValueError: no band is left.
     """
     if source_rate < rate:
-        raise ValueError(f"The source's rate must be at least {rate} Hz, but got {source_rate:g} Hz.")
+        raise AbsentModality(f"its rate must be at least {rate} Hz, but is {source_rate:g} Hz")
     low, high = band[0], min(band[1], _SAFE_SHARE * source_rate)
     if not low < high:
         raise ValueError(f"A band's lower edge must lie below its upper, but got {low:g} to {high:g} Hz.")
-    # An odd rate such as 199.99 Hz is met to one part in a million: 0.03 s in a night.
-    ratio = (Fraction(rate) / Fraction(source_rate).limit_denominator(10**6)).limit_denominator(1000)
+    exact = Fraction(rate) / Fraction(source_rate).limit_denominator(10**6)
+    ratio = exact.limit_denominator(_LARGEST_FACTOR)
+    if abs(ratio / exact - 1) > _LARGEST_DRIFT:
+        raise AbsentModality(
+            f"its rate must be to {rate} Hz as whole numbers up to {_LARGEST_FACTOR}, but is {source_rate:g} Hz; "
+            "resample the recording first"
+        )
     common = source_rate * ratio.numerator
     taps = _count_taps(common, settings.transition if low > 0 else 0.2 * high)
     kernel = _make_lowpass(common, high, taps)
@@ -113,7 +123,7 @@ def design_filter(source_rate: float, rate: int, band: tuple[float, float], sett
         kernel = kernel - _make_lowpass(common, low, taps)
     cutoff = _SAFE_SHARE * rate if settings.decimate_antialias and rate < source_rate else None
     if cutoff is not None:
-        kernel = np.convolve(kernel, _make_lowpass(common, cutoff, _count_taps(common, 0.1 * rate)))
+        kernel = oaconvolve(kernel, _make_lowpass(common, cutoff, _count_taps(common, 0.1 * rate)))
     return FilterPlan(up=ratio.numerator, down=ratio.denominator, kernel=kernel, band=(low, high), antialias=cutoff)
 
 
