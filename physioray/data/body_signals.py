@@ -97,7 +97,7 @@ def simulate_body(random: np.random.Generator, night: Night) -> dict[str, Float3
 
 
 def simulate_heart_rate(
-    random: np.random.Generator, night: Night, phase: Float[np.ndarray, "samples"]
+    random: np.random.Generator, night: Night, phase: Float[np.ndarray, "breath_samples"]
 ) -> Float[np.ndarray, "quarters"]:
     """Heart rate in beats per minute, four values a second.
 
@@ -140,7 +140,7 @@ def simulate_saturation(random: np.random.Generator, night: Night) -> Float32[np
 
 def _draw_breathing(
     random: np.random.Generator, stages: Int[np.ndarray, "seconds"]
-) -> tuple[Float[np.ndarray, "samples"], Float[np.ndarray, "seconds"]]:
+) -> tuple[Float[np.ndarray, "breath_samples"], Float[np.ndarray, "seconds"]]:
     """Breathing phase in breaths at 25 Hz, and depth (1 on average) second by second."""
     irregular = pick_by_stage(BREATH_VARIABILITY, stages)
     usual = BREATHS_PER_MINUTE[0] + BREATHS_PER_MINUTE[1] * random.standard_normal()
@@ -152,7 +152,7 @@ def _draw_breathing(
 def _simulate_breathing(
     random: np.random.Generator,
     night: Night,
-    phase: Float[np.ndarray, "samples"],
+    phase: Float[np.ndarray, "breath_samples"],
     depth: Float[np.ndarray, "seconds"],
 ) -> dict[str, Float32[np.ndarray, "samples"]]:
     """Airflow and the two belts, with what events take away and the deep breaths after them."""
@@ -195,7 +195,10 @@ def _shape_beats(classes: Float[np.ndarray, "classes"], t_wave: float) -> Float[
 
 
 def _simulate_ecg(
-    random: np.random.Generator, heart: Float[np.ndarray, "quarters"], phase: Float[np.ndarray, "samples"], age: float
+    random: np.random.Generator,
+    heart: Float[np.ndarray, "quarters"],
+    phase: Float[np.ndarray, "breath_samples"],
+    age: float,
 ) -> Float32[np.ndarray, "samples"]:
     """ECG in mV: one template per beat, its T wave by the interval, its height moved by breathing."""
     samples = len(heart) * RATE // 4
