@@ -1,0 +1,122 @@
+"""The files between evaluation and report: one JSON line per score, one table of predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from physioray.signals import TASKS
+from physioray.storage import Location, StorageError
+
+RESULTS_FILE = "results.jsonl"
+PREDICTIONS_FILE = "predictions.parquet"
+
+CONVERGED = "probe_converged"
+RECIPE = "probe_recipe"
+EVALUATIONS = (CONVERGED, RECIPE)
+"""Ways to evaluate: the converged solver (headline) and the paper's recipe."""
+
+FEATURES = ("pretrained", "untrained", "band_powers")
+"""What a probe may stand on, best known name first: the pretrained encoder and the two floors."""
+
+TEST = "test"
+CROSS_VALIDATION = "cross_validation"
+
+MOST_CLASSES = max(len(task.classes) for task in TASKS.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One score, with everything needed to know what it is a score of.
+
+    Attributes:
+        pretraining: how the encoder was pretrained, for example `mae_drop`; `none` for floors.
+        evaluation: a name of `EVALUATIONS`.
+        features: a name of `FEATURES`.
+        task, metric: names of `signals.TASKS` and `metrics.METRICS`; both `aggregate` for the score over all tasks.
+        split: `test`, or `cross_validation` where every subject was in test once.
+        value: the score; None if undefined or the task was skipped, `note` then says why.
+        low, high: 95 % interval by subject; None if there is none.
+        seed: of the folds (cross-validation) or of the head (held-out test).
+        training_subjects: people the probe was trained on; the mean over folds, rounded.
+        windows, subjects: scored.
+        cohort_fingerprint, config_hash: identity of data and settings.
+        simulated: True for simulated nights.
+        note: what a reader must know of this score.
+    """
+
+    pretraining: str
+    evaluation: str
+    features: str
+    task: str
+    split: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    seed: int
+    training_subjects: int
+    windows: int
+    subjects: int
+    cohort_fingerprint: str
+    simulated: bool
+    config_hash: str
+    note: str = ""
+
+
+def write_results(location: Location, rows: Iterable[ScoreRow]) -> None:
+    """Write one JSON line per score, the whole file or nothing; an older file is replaced."""
+    lines = [json.dumps(dataclasses.asdict(row), sort_keys=True, allow_nan=False) for row in rows]
+    location.write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_results(location: Location) -> list[ScoreRow]:
+    """Read what `write_results` has written.
+
+    Raises:
+        FileNotFoundError: no file stands there.
+        StorageError: a line is not a score; the message names it.
+    """
+    rows = []
+    for number, line in enumerate(location.read_text().splitlines(), start=1):
+        try:
+            rows.append(ScoreRow(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise StorageError(f"Line {number} of {location} must be a score, but: {error}. Evaluate again.") from error
+    return rows
+
+
+def prediction_schema() -> pa.Schema:
+    """Columns of a table of predictions: one row is one window under one task, features, evaluation and seed."""
+    fields = [
+        pa.field("recording", pa.string()),
+        pa.field("subject", pa.string()),
+        pa.field("window_id", pa.int64()),
+        pa.field("window", pa.int32()),
+        pa.field("start", pa.float64()),
+        pa.field("task", pa.string()),
+        pa.field("true", pa.int8()),
+        pa.field("predicted", pa.int8()),
+    ]
+    fields += [pa.field(f"p{number}", pa.float32()) for number in range(MOST_CLASSES)]
+    fields += [pa.field(name, pa.string()) for name in ("features", "evaluation", "split")]
+    return pa.schema([*fields, pa.field("seed", pa.int64())])
+
+
+def write_predictions(location: Location, tables: Sequence[pa.Table]) -> None:
+    """Write predictions as one Parquet file, whole or not at all."""
+    table = pa.concat_tables(tables) if tables else prediction_schema().empty_table()
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    location.write_bytes(sink.getvalue())
+
+
+def read_predictions(location: Location) -> pa.Table:
+    """Read what `write_predictions` has written."""
+    return pq.read_table(pa.BufferReader(location.read_bytes()))
