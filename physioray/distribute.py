@@ -45,7 +45,6 @@ class Resources:
     retries: int = 2
 
 
-@ray.remote(num_cpus=0)
 class _Board:
     """Carries progress from the first worker to the driver's terminal, wherever the worker runs."""
 
@@ -81,7 +80,7 @@ class _BoardScreen:
 @contextmanager
 def _show_board(screen: Screen | None) -> Iterator[Any]:
     """A board whose content is shown on `screen` every second while the body runs."""
-    board, stop, seen = _Board.remote(), threading.Event(), 0  # type: ignore[attr-defined]
+    board, stop, seen = ray.remote(num_cpus=0)(_Board).remote(), threading.Event(), 0
 
     def show() -> None:
         nonlocal seen

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from physioray.data.batches import Batch
 from physioray.data.cohort import Cohort
@@ -86,9 +85,6 @@ def test_losses_under_ray_train_are_those_of_one_process(cohort: Cohort, tmp_pat
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-5)
         assert other["loss_by_modality"] == pytest.approx(one["loss_by_modality"], rel=1e-5)
-    mine, theirs = (torch.load(tmp_path / n / "checkpoints" / "last.pt")["model"] for n in ("alone", "together"))
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.usefixtures("cluster")

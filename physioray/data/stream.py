@@ -6,8 +6,8 @@ rows from the shards and emit them as Arrow blocks, on whatever node has a CPU f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -52,20 +52,17 @@ class _OrderedWindows(Datasource):
             chunk = self.batches[first : first + each]
             rows = sum(len(batch) for batch in chunk)
             metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self.row_bytes, input_files=None, exec_stats=None)
-            read = _make_read(self.uri, self.fingerprint, self.modalities, chunk)
+            read = partial(_read, self.uri, self.fingerprint, self.modalities, chunk)
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 
 
-def _make_read(
+def _read(
     uri: str, fingerprint: str, modalities: tuple[str, ...], chunk: list[NDArray[np.int64]]
-) -> Callable[[], Iterable[pa.Table]]:
-    def read() -> Iterator[pa.Table]:
-        reader = _open_reader(uri, fingerprint, modalities)
-        for window_ids in chunk:
-            yield _to_table(reader.read(window_ids))
-
-    return read
+) -> Iterator[pa.Table]:
+    reader = _open_reader(uri, fingerprint, modalities)
+    for window_ids in chunk:
+        yield _to_table(reader.read(window_ids))
 
 
 @lru_cache(maxsize=4)
