@@ -120,11 +120,11 @@ def list_records(source: Location) -> list[RecordEntry]:
     """
     try:
         kind = source.info().type
-        files = {} if kind == pafs.FileType.NotFound else _list_files(source)
-        if kind == pafs.FileType.NotFound or (not files and not source.is_local and kind != pafs.FileType.Directory):
+        if kind == pafs.FileType.NotFound:
             raise StorageError(f"A source must exist, but there is nothing at {source}. Check the path or URI.")
         if kind == pafs.FileType.File:
             raise StorageError(f"A source must be a folder, but {source} is a file. Name the folder it lies in.")
+        files = _list_files(source)
         paths = _follow_records(source, files, "") if "RECORDS" in files else _find_headers(files, "")
     except StorageError:
         raise
@@ -254,8 +254,6 @@ def _convert_header(record: Any, text: str) -> Header:
     channels = []
     for number in range(record.n_sig):
         file = record.file_name[number]
-        if "/" in file or "\\" in file:
-            raise RejectedRecording(f"A signal file must stand beside its header, but the header names {file!r}.")
         column = seen.get(file, 0)
         seen[file] = column + 1
         # wfdb fills a missing gain with 200 per mV; an uncalibrated channel has no unit here.
