@@ -133,7 +133,10 @@ def _tabulate_channels(manifest: Mapping[str, Any]) -> Table:
 
 def _read_facts(cohort: Cohort) -> list[dict[str, Any]]:
     content = (cohort.location / LEDGER_FILE).read_bytes()
-    column = pq.read_table(pa.BufferReader(content), columns=["facts"]).column("facts")
+    # Without Arrow's threads: when one is still alive as a short program ends, it now and then aborts the process
+    # (apache/arrow issue 34314).
+    file = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+    column = file.read(columns=["facts"], use_threads=False).column("facts")
     return [json.loads(text) for text in column.to_pylist() if text]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +42,14 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def card(source: Path, tmp_path_factory) -> str:
-    cohort = tmp_path_factory.mktemp("card") / "cohort"
-    ingest_cohort(str(source), str(cohort))
+def cohort(source: Path, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("card") / "cohort"
+    ingest_cohort(str(source), str(place))
+    return place
+
+
+@pytest.fixture(scope="module")
+def card(cohort: Path) -> str:
     return describe_cohort(Cohort.open(cohort))
 
 
@@ -96,3 +103,17 @@ def test_only_simulated_nights_carry_the_heading(card: str, tmp_path: Path) -> N
 def test_lines_fit_the_width_and_hold_no_control_codes(card: str) -> None:
     assert max(map(len, card.splitlines())) <= 100
     assert "\x1b" not in card
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_it_leaves_no_thread_behind_that_could_abort_the_command_as_it_ends(cohort: Path) -> None:
+    code = f"""
+import os
+from physioray.data.card import describe_cohort
+from physioray.data.cohort import Cohort
+before = len(os.listdir("/proc/self/task"))
+describe_cohort(Cohort.open({str(cohort)!r}))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "0"
