@@ -4,37 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
 
 from physioray.data.cohort import Cohort
+from physioray.data.splits import Fold
 from physioray.embeddings import Embeddings
 from physioray.probe import ProbeError, check_training
 from physioray.results import CROSS_VALIDATION, TEST
 from physioray.signals import UNKNOWN, Task
 
 Note = Callable[[str], None]
-
-
-class SubjectFold(Protocol):
-    """Names of the subjects of one fold; no name stands in two parts."""
-
-    @property
-    def train(self) -> Sequence[str]:
-        """Whom the probe is trained on."""
-        ...
-
-    @property
-    def validation(self) -> Sequence[str]:
-        """Whom the penalty is chosen on."""
-        ...
-
-    @property
-    def test(self) -> Sequence[str]:
-        """Who is scored."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +34,8 @@ class Plan:
 
     split: str
     seed: int
-    folds: tuple[SubjectFold, ...]
+    folds: tuple[Fold, ...]
     largest: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holdout:
-    """The cohort's own splits as a single fold."""
-
-    train: tuple[str, ...]
-    validation: tuple[str, ...]
-    test: tuple[str, ...]
 
 
 def map_owners(embeddings: Embeddings, cohort: Cohort) -> dict[str, Int64[np.ndarray, " rows"]]:
@@ -73,7 +45,7 @@ def map_owners(embeddings: Embeddings, cohort: Cohort) -> dict[str, Int64[np.nda
     return {name: order[bounds[i] : bounds[i + 1]].astype(np.int64) for i, name in enumerate(cohort.subjects)}
 
 
-def plan_folds(folds: Mapping[int, Sequence[SubjectFold]]) -> list[Plan]:
+def plan_folds(folds: Mapping[int, Sequence[Fold]]) -> list[Plan]:
     """One plan per seed: all folds of its cross-validation.
 
     Raises:
@@ -124,7 +96,7 @@ def plan_holdout(
         strangers = sorted(set(names) - members["train"])
         if strangers:
             raise ProbeError(f"A training subset must come from the training split, but holds {strangers[:5]}.")
-        fold = Holdout(
+        fold = Fold(
             train=tuple(names), validation=tuple(sorted(members["validation"])), test=tuple(sorted(members["test"]))
         )
         plans += [Plan(split=TEST, seed=seed, folds=(fold,), largest=len(names) == largest) for seed in seeds]

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int, Int64
 
 from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
-from physioray.divisions import Part, Plan, SubjectFold, gather_parts, map_owners, plan_folds, plan_holdout
+from physioray.data.splits import Fold
+from physioray.divisions import Part, Plan, gather_parts, map_owners, plan_folds, plan_holdout
 from physioray.embeddings import EmbeddingError, Embeddings, embed_windows
 from physioray.metrics import (
     AGGREGATE,
@@ -89,7 +90,7 @@ def evaluate_probe(
     features: str,
     pretraining: str = "none",
     config_hash: str = "",
-    folds: Mapping[int, Sequence[SubjectFold]] | None = None,
+    folds: Mapping[int, Sequence[Fold]] | None = None,
     subsets: Mapping[int, Sequence[str]] | None = None,
     evaluations: Sequence[str] = EVALUATIONS,
 ) -> Evaluation:
