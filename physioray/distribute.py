@@ -80,7 +80,8 @@ class _BoardScreen:
 @contextmanager
 def _show_board(screen: Screen | None) -> Iterator[Any]:
     """A board whose content is shown on `screen` every second while the body runs."""
-    board, stop, seen = ray.remote(num_cpus=0)(_Board).remote(), threading.Event(), 0
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
+    stop, seen = threading.Event(), 0
 
     def show() -> None:
         nonlocal seen

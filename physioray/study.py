@@ -1,0 +1,328 @@
+"""The main job: pretrain, embed, probe beside two floors, and report; every part can be taken up again."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from physioray import __version__
+from physioray.baselines import band_powers
+from physioray.compare import ComparisonError, compare_paired, state_chance, state_difference
+from physioray.config import ProbeConfig, hash_config
+from physioray.data.cohort import Cohort
+from physioray.data.gather import GatherSource, WindowReader
+from physioray.data.splits import Fold, SplitError, fold_subjects
+from physioray.embeddings import Embeddings, embed_windows
+from physioray.evaluate import Evaluation, evaluate_probe
+from physioray.journal import Screen
+from physioray.objectives.masking import draw_visible
+from physioray.pretrain import PretrainJob, find_pretraining_windows, load_autoencoder, make_encode
+from physioray.results import (
+    CONVERGED,
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    ScoreRow,
+    write_predictions,
+    write_results,
+)
+from physioray.signals import SPLITS, TASKS, UNKNOWN, Split, find_task
+from physioray.storage import Location, open_location
+from physioray.tensors import VALIDATION_PASS, Draw
+from physioray.train import to_tensors
+
+EMBED_BATCH = 256
+EXAMPLES = 4
+"""Windows whose reconstruction is shown in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Who is pretrained on, who is scored, and how that is said.
+
+    Attributes:
+        splits: whose windows are pretrained on, without labels.
+        folds: by seed, the folds of a cross-validation; None for held-out test subjects.
+        labelled: subjects with any label.
+        sentence: the protocol in words, for the report.
+    """
+
+    splits: tuple[Split, ...]
+    folds: Mapping[int, Sequence[Fold]] | None
+    labelled: tuple[str, ...]
+    sentence: str
+
+
+def choose_protocol(cohort: Cohort, config: ProbeConfig) -> Protocol:
+    """Held-out test subjects where there are enough people, else cross-validation by subject over all of them.
+
+    Small cohorts are pretrained on everybody but the validation subjects, without labels.
+    """
+    labels = np.stack([cohort.read_labels(task) for task in TASKS])
+    owner = np.repeat([item.subject_index for item in cohort.recordings], [item.rows for item in cohort.recordings])
+    known = np.unique(owner[(labels != UNKNOWN).any(0)])
+    labelled = tuple(cohort.subjects[number] for number in known)
+    if len(labelled) >= config.cross_validate_below:
+        sentence = "Held-out test subjects: they are in neither pretraining, training nor validation."
+        return Protocol(splits=("pretrain", "train"), folds=None, labelled=labelled, sentence=sentence)
+    splits = tuple(split for split in SPLITS if split != "validation")
+    age = cohort.read_labels("age")
+    strata = {cohort.subjects[number]: str(age[owner == number].max()) for number in known}
+    try:
+        folds = {seed: fold_subjects(labelled, config.folds, seed, 0.15, strata) for seed in config.seeds}
+    except SplitError as error:
+        return Protocol(splits=splits, folds={}, labelled=labelled, sentence=f"No probe was fitted: {error}")
+    sentence = (
+        f"Cross-validation by subject over all {len(labelled)} labelled subjects ({config.folds} folds, drawn anew "
+        f"for each of {len(config.seeds)} seeds), because there are fewer than {config.cross_validate_below}. "
+        "Pretraining saw the signals of everybody but the validation subjects, without any label, so the signals of "
+        "most scored subjects were among them."
+    )
+    return Protocol(splits=splits, folds=folds, labelled=labelled, sentence=sentence)
+
+
+def run_study(
+    job: PretrainJob,
+    *,
+    run_pretraining: Callable[[PretrainJob], object],
+    probe: ProbeConfig | None = None,
+    screen: Screen | None = None,
+    device: torch.device | str = "cpu",
+) -> Location:
+    """Run the whole main job and write what the report needs into the run's folder.
+
+    Args:
+        job: what to pretrain; its splits are replaced by those of the protocol.
+        run_pretraining: runs the job, in this process or on a cluster.
+        probe: tasks, seeds and solvers; the defaults if None.
+        screen: where progress is shown.
+
+    Returns:
+        The run's folder, with results.jsonl, predictions.parquet, probe_curve.jsonl, reconstructions.npz,
+        verdict.json, card.json, config.json and training.jsonl.
+    """
+
+    def say(text: str) -> None:
+        if screen is not None:
+            screen.say(text)
+
+    probe = probe or ProbeConfig()
+    cohort, out = Cohort.open(job.cohort), open_location(job.out)
+    protocol = choose_protocol(cohort, probe)
+    job = replace(job, splits=protocol.splits)
+    (out / "card.json").write_json(describe_card(cohort, protocol))
+    say(protocol.sentence)
+    run_pretraining(job)
+
+    checkpoints = out / "checkpoints"
+    names = job.model.modalities
+    windows = find_labelled_windows(cohort, protocol, names)
+    identity = (name_pretraining(job), hash_config(job.model, job.objective, job.train))
+    evaluations: dict[str, Evaluation] = {}
+    curve: list[dict[str, Any]] = []
+    if len(windows) and protocol.folds != {}:
+        source = GatherSource(cohort, windows, batch_size=EMBED_BATCH, modalities=names)
+
+        def embed(place: Location) -> Embeddings:
+            encoder = load_autoencoder(place, device).encoder
+            return embed_windows(make_encode(encoder, source.modalities, device), source.iterate_all())
+
+        final = checkpoints / (
+            "best.pt" if job.train.select == "best" and (checkpoints / "best.pt").exists() else "last.pt"
+        )
+        say(f"Embedding {len(windows):,} labelled windows, and describing them by band powers ...")
+        features = {
+            "pretrained": embed(final),
+            "untrained": embed(checkpoints / "pass-0000.pt"),
+            "band_powers": embed_windows(lambda batch: band_powers(batch, source.modalities), source.iterate_all()),
+        }
+        features["pretrained"].save(out / "embeddings.arrow")
+        for name, embeddings in features.items():
+            say(f"Probing {name.replace('_', ' ')} ...")
+            known = identity if name == "pretrained" else ("none", "")
+            evaluations[name] = evaluate_probe(
+                embeddings,
+                cohort,
+                probe,
+                features=name,
+                pretraining=known[0],
+                config_hash=known[1],
+                folds=protocol.folds,
+            )
+        curve = _measure_curve(job, cohort, probe, protocol, evaluations, embed, say)
+    _write_results(out, evaluations, curve)
+    (out / "verdict.json").write_json(_draw_verdict(evaluations, protocol, job, curve))
+    _write_reconstructions(out, cohort, job, checkpoints / "last.pt", device)
+    return out
+
+
+def name_pretraining(job: PretrainJob) -> str:
+    """The arm's name in result files."""
+    return "mae_drop" if job.objective.mask.drop and job.objective.mask.drop_probability > 0 else "mae"
+
+
+def find_labelled_windows(cohort: Cohort, protocol: Protocol, modalities: Sequence[str]) -> NDArray[np.int64]:
+    """Windows `(N,)` of labelled subjects that hold at least one of the modalities."""
+    theirs = cohort.find_windows(subjects=protocol.labelled)
+    if not len(theirs):
+        return theirs
+    return np.intersect1d(theirs, find_pretraining_windows(cohort, SPLITS, modalities))
+
+
+def describe_card(cohort: Cohort, protocol: Protocol) -> dict[str, Any]:
+    """The cohort's facts that stand in a report."""
+    manifest = cohort.manifest
+    settings = manifest.get("settings", {})
+    return {
+        "name": cohort.location.name,
+        "simulated": cohort.simulated,
+        "fingerprint": cohort.fingerprint,
+        "subjects": len(cohort.subjects),
+        "recordings": len(cohort.recordings),
+        "hours": manifest.get("counts", {}).get("hours"),
+        "windows": cohort.windows,
+        "class_counts": manifest["class_counts"],
+        "priors": manifest.get("priors", {}),
+        "arousal_rule": settings.get("arousal_rule", {}),
+        "channels": manifest.get("channels", {}),
+        "present": manifest.get("present_share", {}),
+        "note": protocol.sentence,
+        "assumptions": manifest.get("assumptions", {}),
+        "discontinuities": {row["recording"]: row["discontinuities"] for row in manifest["recordings"]},
+        "environment": {
+            "physioray": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+    }
+
+
+def _measure_curve(
+    job: PretrainJob,
+    cohort: Cohort,
+    probe: ProbeConfig,
+    protocol: Protocol,
+    evaluations: Mapping[str, Evaluation],
+    embed: Callable[[Location], Embeddings],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Probe score on sleep against passes, on the same folds as the headline; the floors as lines without a pass."""
+    task = next((name for name in probe.tasks if cohort.has_task(name)), None)
+    if task is None:
+        return []
+    rows = [
+        {"features": name, "task": task, **_average(evaluations[name].scores, task)}
+        for name in ("untrained", "band_powers")
+    ]
+    light = replace(probe, tasks=(task,), bootstrap_draws=200)
+    for number in job.keep_passes:
+        place = open_location(job.out) / "checkpoints" / f"pass-{number:04d}.pt"
+        if not place.exists():
+            continue
+        found = evaluate_probe(
+            embed(place), cohort, light, features="pretrained", folds=protocol.folds, evaluations=(CONVERGED,)
+        )
+        row = {"pass": number, "task": task, **_average(found.scores, task)}
+        if row["value"] is not None:
+            say(f"after {number} passes: {task} {row['value']:.3f} balanced accuracy")
+        rows.append(row)
+    return rows
+
+
+def _average(scores: Sequence[ScoreRow], task: str, evaluation: str = CONVERGED) -> dict[str, float | None]:
+    """Balanced accuracy of a task with its interval, mean over the seeds."""
+    chosen = [
+        row
+        for row in scores
+        if (row.task, row.evaluation, row.metric) == (task, evaluation, "balanced_accuracy") and row.value is not None
+    ]
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
+    return {name: mean([getattr(row, name) for row in chosen]) for name in ("value", "low", "high")}
+
+
+def _write_results(out: Location, evaluations: Mapping[str, Evaluation], curve: list[dict[str, Any]]) -> None:
+    write_results(out / RESULTS_FILE, [row for item in evaluations.values() for row in item.scores])
+    tables: list[pa.Table] = [item.predictions for item in evaluations.values()]
+    write_predictions(out / PREDICTIONS_FILE, tables)
+    (out / "probe_curve.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in curve))
+
+
+def _draw_verdict(
+    evaluations: Mapping[str, Evaluation], protocol: Protocol, job: PretrainJob, curve: list[dict[str, Any]]
+) -> list[str]:
+    """What a reader should take home, in sentences made from the numbers."""
+    if not evaluations:
+        return [protocol.sentence if protocol.labelled else "No recording has labels: the model was pretrained only."]
+    best = evaluations["pretrained"]
+    sentences = []
+    for task in TASKS:
+        score = _average(best.scores, task)
+        if score["value"] is not None:
+            sentences.append(state_chance(task, score["value"], score["low"]))
+    tables = {name: item.predictions for name, item in evaluations.items()}
+    for task in TASKS:
+        for floor in ("untrained", "band_powers"):
+            try:
+                sentences.append(state_difference(compare_paired(tables["pretrained"], tables[floor], task)))
+            except ComparisonError:
+                continue  # the task was skipped; the notes say why
+    sentences.append(_state_curve(curve, job.train.passes))
+    sentences += list(dict.fromkeys(note for item in evaluations.values() for note in item.notes))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _state_curve(curve: list[dict[str, Any]], passes: int) -> str:
+    floor = next((row["value"] for row in curve if row.get("features") == "untrained"), None)
+    marks = [row for row in curve if row.get("pass") and row["value"] is not None]
+    if floor is None or not marks:
+        return ""
+    title = find_task(marks[0]["task"]).title
+    above = [row["pass"] for row in marks if row["value"] > floor]
+    if not above:
+        return f"{title}: at no measured pass up to {passes} does pretraining score above the untrained encoder."
+    return f"{title}: the score first lies above the untrained encoder's after {above[0]} of {passes} passes."
+
+
+@torch.inference_mode()
+def _write_reconstructions(
+    out: Location, cohort: Cohort, job: PretrainJob, checkpoint: Location, device: torch.device | str
+) -> None:
+    """Some windows, what was visible of them and what the model made of the rest, with validation's masks."""
+    model = load_autoencoder(checkpoint, device)
+    candidates: tuple[Split, ...] = ("validation", "test", "train")
+    held_out = [split for split in candidates if len(cohort.find_windows(splits=[split]))]
+    splits = held_out[:1] or list(SPLITS)
+    windows = find_pretraining_windows(cohort, splits, job.model.modalities)
+    chosen = windows[np.linspace(0, len(windows) - 1, min(EXAMPLES, len(windows))).astype(int)]
+    batch = WindowReader(cohort, job.model.modalities).read(chosen)
+    tensors = to_tensors(batch, cohort.modalities, device)
+    draw = Draw(seed=job.train.seed, pass_number=VALIDATION_PASS, step=0)
+    mask = replace(job.objective.mask, drop_scope="sample")
+    visible = draw_visible(tensors.present, model.tokens, batch.window_id, draw, mask)
+    outputs = model(tensors.signals, visible, tensors.present)
+    arrays: dict[str, Any] = {}
+    for name in model.tokens:
+        target = tensors.signals[name]
+        output = outputs[name].flatten(1) if name in outputs else torch.zeros_like(target)
+        arrays[f"{name}_target"] = target.float().cpu().numpy()
+        arrays[f"{name}_output"] = output.float().cpu().numpy()
+        arrays[f"{name}_visible"] = visible[name].numpy()
+        arrays[f"{name}_present"] = tensors.present[name].numpy()
+    arrays["modalities"] = np.array(list(model.tokens))
+    arrays["rates"] = np.array([cohort.modalities[name].rate for name in model.tokens])
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **arrays)
+    (out / "reconstructions.npz").write_bytes(sink.getvalue())
