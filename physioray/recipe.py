@@ -52,14 +52,17 @@ class RecipeProblem:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Problems side by side: heads x features x classes, padded to the largest number of classes."""
+    """Problems side by side: heads x classes x features, padded to the largest number of classes.
+
+    Windows stand last in logits, (heads, classes, batch): with five classes that is six times faster than last classes.
+    """
 
     features: Tensor  # (n, features), standardised over all windows for the sake of single precision
     labels: Tensor  # (heads, n), 0 where unknown: such rows are never drawn
     weights: Tensor  # (heads, classes) class weights
-    hidden: Tensor  # (heads, 1, classes) minus infinity for classes that a head does not have, else 0
-    mean: Tensor  # (heads, features, 1)
-    scale: Tensor  # (heads, features, 1)
+    hidden: Tensor  # (heads, classes, 1) minus infinity for classes that a head does not have, else 0
+    mean: Tensor  # (heads, 1, features)
+    scale: Tensor  # (heads, 1, features)
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,14 @@ def _stack_problems(
         features=torch.from_numpy(np.ascontiguousarray(features)),
         labels=torch.from_numpy(np.stack([problem.labels for problem in problems]).astype(np.int64)).clamp(min=0),
         weights=torch.from_numpy(weights),
-        hidden=torch.from_numpy(hidden)[:, None, :],
-        mean=torch.from_numpy(np.stack([mean for mean, _ in chosen]).astype(np.float32))[:, :, None],
-        scale=torch.from_numpy(np.stack([scale for _, scale in chosen]).astype(np.float32))[:, :, None],
+        hidden=torch.from_numpy(hidden)[:, :, None],
+        mean=torch.from_numpy(np.stack([mean for mean, _ in chosen]).astype(np.float32))[:, None, :],
+        scale=torch.from_numpy(np.stack([scale for _, scale in chosen]).astype(np.float32))[:, None, :],
     )
 
 
 def _descend(stack: _Stack, problems: Sequence[RecipeProblem], config: ProbeConfig) -> tuple[Tensor, Tensor]:
-    """Weights `(heads, features, classes)` and biases `(heads, 1, classes)` of the lowest validation error."""
+    """Weights `(heads, classes, features)` and biases `(heads, classes, 1)` of the lowest validation error."""
     largest = max(len(problem.train) for problem in problems)
     steps, batch = count_recipe_steps(largest, config), min(config.recipe_batch_size, largest)
     weight, bias = _initialise(stack, problems)
@@ -191,8 +194,8 @@ def _initialise(stack: _Stack, problems: Sequence[RecipeProblem]) -> tuple[Tenso
         # Drawn without the padding, so that a head does not depend on those beside it.
         drawn[:, : problem.classes] = torch.rand((features + 1, problem.classes), generator=generator)
         drawn = drawn * (2.0 * bound) - bound
-        weights.append(drawn[:-1])
-        biases.append(drawn[-1:])
+        weights.append(drawn[:-1].T)
+        biases.append(drawn[-1:].T)
     return torch.stack(weights), torch.stack(biases)
 
 
@@ -217,17 +220,20 @@ def _differentiate(stack: _Stack, weight: Tensor, bias: Tensor, rows: Tensor) ->
     constant, so that no standardised copy of the features is made per head.
     """
     heads, batch = rows.shape
-    taken = stack.features.index_select(0, rows.reshape(-1)).reshape(heads, batch, -1)
+    taken = stack.features.index_select(0, rows.reshape(-1)).view(heads, batch, -1)
     scaled = weight / stack.scale
-    offset = bias - (stack.mean * scaled).sum(1, keepdim=True) + stack.hidden
-    error = torch.softmax(torch.baddbmm(offset, taken, scaled), 2)
+    error = torch.softmax(torch.bmm(scaled, taken.transpose(1, 2)) + _offset(stack, scaled, bias), 1)
     labels = stack.labels.gather(1, rows)
     share = stack.weights.gather(1, labels)
     share = share / share.sum(1, keepdim=True)
-    error.scatter_add_(2, labels[:, :, None], torch.full((heads, batch, 1), -1.0))
-    error *= share[:, :, None]
-    total = error.sum(1, keepdim=True)
-    return (torch.bmm(taken.transpose(1, 2), error) - stack.mean * total) / stack.scale, total
+    error.scatter_add_(1, labels[:, None, :], torch.full((heads, 1, batch), -1.0))
+    error *= share[:, None, :]
+    total = error.sum(2, keepdim=True)
+    return (torch.bmm(error, taken) - total * stack.mean) / stack.scale, total
+
+
+def _offset(stack: _Stack, scaled: Tensor, bias: Tensor) -> Tensor:
+    return bias - (stack.mean * scaled).sum(2, keepdim=True) + stack.hidden
 
 
 def _step_adamw(
@@ -261,10 +267,10 @@ def _measure_error(stack: _Stack, judges: Sequence[_Judge], weight: Tensor, bias
     """Weighted validation cross-entropy `(heads,)`; NaN for a head without validation windows."""
     errors = torch.full((len(weight),), math.nan)
     scaled = weight / stack.scale
-    offset = bias - (stack.mean * scaled).sum(1, keepdim=True) + stack.hidden
+    offset = _offset(stack, scaled, bias)
     for judge in judges:
-        logits = judge.features @ scaled[judge.heads] + offset[judge.heads]
-        logs = torch.log_softmax(logits, 2).gather(2, judge.labels[:, :, None])[:, :, 0]
+        logits = scaled[judge.heads] @ judge.features.T + offset[judge.heads]
+        logs = torch.log_softmax(logits, 1).gather(1, judge.labels[:, None, :])[:, 0]
         errors[judge.heads] = -(torch.where(judge.weights > 0, logs, 0.0) * judge.weights).sum(1)
     return errors
 
@@ -279,11 +285,11 @@ def _unstack(
 ) -> LinearHead:
     """One head in terms of the features as they came: both standardisations folded into one."""
     shift, stretch = common
-    mean = stack.mean[number, :, 0].double().numpy()
-    scale = stack.scale[number, :, 0].double().numpy()
+    mean = stack.mean[number, 0].double().numpy()
+    scale = stack.scale[number, 0].double().numpy()
     return LinearHead(
         mean=shift + stretch * mean,
         scale=stretch * scale,
-        weight=weight[number, :, :classes].T.double().numpy().copy(),
-        bias=(bias + stack.hidden)[number, 0, :classes].double().numpy().copy(),
+        weight=weight[number, :classes].double().numpy().copy(),
+        bias=(bias + stack.hidden)[number, :classes, 0].double().numpy().copy(),
     )
