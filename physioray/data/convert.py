@@ -97,27 +97,14 @@ def convert_recording(
         RejectedRecording: it cannot be used; one line says why and what to do.
     """
     header = read_header(source, entry)
-    modalities = [find_modality(name) for name in settings.modalities]
-    chosen: dict[str, ChosenChannel] = {}
-    absent: dict[str, str] = {}
-    for modality in modalities:
-        try:
-            chosen[modality.name] = choose_channel(header, modality)
-        except AbsentModality as error:
-            absent[modality.name] = str(error)
+    chosen, absent = _choose_channels(header, settings.modalities)
     if not chosen:
         raise RejectedRecording(_say_nothing_left(absent))
     waveforms = read_waveforms(source, entry, header, sorted({channel.number for channel in chosen.values()}))
     warnings = list(waveforms.warnings)
     night = _lay_grid(header, waveforms, discontinuities, warnings)
     labels, label_source = _read_labels(source, entry, night, settings, warnings)
-    processed: dict[str, ProcessedChannel] = {}
-    for name, channel in chosen.items():
-        try:
-            raw = waveforms.samples[channel.number]
-            processed[name] = _process(raw, channel, night, find_modality(name), settings)
-        except AbsentModality as error:
-            absent[name] = f"{channel.channel.name}: {error}"
+    processed = _process_channels(waveforms, chosen, absent, night, settings)
     if not processed:
         raise RejectedRecording(_say_nothing_left(absent))
     age = subject.age if subject else None
@@ -127,12 +114,7 @@ def convert_recording(
         "arousal": labels.arousal[night.kept],
     }
     channels = {name: _describe(chosen[name], item, night.kept, name) for name, item in processed.items()}
-    warnings += [
-        f"{name}: robust standard deviation {facts['robust_std']:.4g} {facts['unit']} is not plausible for "
-        f"{facts['channel']} ({find_modality(name).plausible[0]:g} to {find_modality(name).plausible[1]:g})"
-        for name, facts in channels.items()
-        if not facts["plausible"]
-    ]
+    warnings += _doubt_amplitudes(channels)
     if subject and subject.note:
         warnings.append(subject.note)
     facts = {
@@ -152,6 +134,45 @@ def convert_recording(
         **_describe_night(night),
     }
     return ConvertedRecording(_build_table(settings.modalities, night, processed, tasks), facts)
+
+
+def _choose_channels(header: Header, modalities: Sequence[str]) -> tuple[dict[str, ChosenChannel], dict[str, str]]:
+    """The channel of each modality, and the reason why a modality has none."""
+    chosen: dict[str, ChosenChannel] = {}
+    absent: dict[str, str] = {}
+    for name in modalities:
+        try:
+            chosen[name] = choose_channel(header, find_modality(name))
+        except AbsentModality as error:
+            absent[name] = str(error)
+    return chosen, absent
+
+
+def _process_channels(
+    waveforms: Waveforms,
+    chosen: dict[str, ChosenChannel],
+    absent: dict[str, str],
+    night: _Night,
+    settings: IngestConfig,
+) -> dict[str, ProcessedChannel]:
+    """What each chosen channel becomes; one that holds nothing is added to `absent`."""
+    processed: dict[str, ProcessedChannel] = {}
+    for name, channel in chosen.items():
+        try:
+            raw = waveforms.samples[channel.number]
+            processed[name] = _process(raw, channel, night, find_modality(name), settings)
+        except AbsentModality as error:
+            absent[name] = f"{channel.channel.name}: {error}"
+    return processed
+
+
+def _doubt_amplitudes(channels: dict[str, dict[str, Any]]) -> list[str]:
+    return [
+        f"{name}: robust standard deviation {facts['robust_std']:.4g} {facts['unit']} is not plausible for "
+        f"{facts['channel']} ({find_modality(name).plausible[0]:g} to {find_modality(name).plausible[1]:g})"
+        for name, facts in channels.items()
+        if not facts["plausible"]
+    ]
 
 
 def _say_nothing_left(absent: dict[str, str]) -> str:

@@ -66,7 +66,8 @@ def find_faults(raw: Real[np.ndarray, "samples"], rate: float, windows: int, *, 
         raw: `(samples,)` digital values (int16), or physical ones (floating point).
         rate: samples per second, in Hz.
         windows: number of whole windows.
-        slow: the signal may rest for 30 s in health (oxygen saturation): never flat nor stuck.
+        slow: the signal may rest for 30 s in health (oxygen saturation), also on the converter's end, which the
+            challenge's headers give to 100 %: never flat nor clipped.
     """
     invalid_samples = find_invalid(raw)
     some_invalid = bool(invalid_samples.any())
@@ -76,7 +77,7 @@ def find_faults(raw: Real[np.ndarray, "samples"], rate: float, windows: int, *, 
     flat_below = _FLAT_STEPS if digital else 1e-3 * float(valid.std(dtype=np.float64)) if len(valid) else 0.0
     second = max(1, int(rate))
     stuck_at = not slow and float(high) - float(low) >= _STUCK_RANGE if digital else not slow and high > low
-    rails = digital and (low <= -32767 or high == 32767)
+    rails = digital and not slow and (low <= -32767 or high == 32767)
     flags = np.zeros((3, windows), np.bool_)
     cuts = _cut(raw, rate, windows)
     invalid_cuts = _cut(invalid_samples, rate, windows) if some_invalid else None

@@ -181,10 +181,13 @@ def test_low_tone_of_a_coarse_channel_is_not_flat_but_less_than_its_step_is() ->
     assert find_faults(raw, 200.0, 2).flat.tolist() == [False, True]
 
 
-def test_a_slow_signal_may_rest() -> None:
-    saturation = np.full(12000, 30000, np.int16)
+@pytest.mark.parametrize("level", [30000, 32767])
+def test_a_slow_signal_may_rest_even_on_the_top_of_its_range(level: int) -> None:
+    saturation = np.full(12000, level, np.int16)
     assert find_faults(saturation, 200.0, 2).flat.all()
+    saturation[::50] -= 100
     assert not find_faults(saturation, 200.0, 2, slow=True).any.any()
+    assert find_faults(saturation, 200.0, 2).clipped.all()
 
 
 def test_numbers_that_are_not_finite_are_invalid() -> None:
