@@ -1,0 +1,186 @@
+"""Arranges score rows as tables: what was probed down, tasks across; the same for the page and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from physioray.metrics import AGGREGATE, METRICS, find_metric
+from physioray.results import CONVERGED, CROSS_VALIDATION, EVALUATIONS, FEATURES, RECIPE, ScoreRow
+from physioray.signals import TASKS, find_task
+
+FEATURE_TITLES = {"pretrained": "Pretrained encoder", "untrained": "Untrained encoder", "band_powers": "Band powers"}
+EVALUATION_TITLES = {CONVERGED: "converged probe", RECIPE: "paper's recipe"}
+
+PAPER_TITLE = "Fang et al. 2024, Table 1, pretrained on all modalities: other data (500 training subjects)"
+PAPER_SCORES: Mapping[str, tuple[float, float]] = {
+    "sleep": (0.744, 0.001),
+    "age": (0.719, 0.002),
+    "arousal": (0.637, 0.081),
+    AGGREGATE: (1.144, 0.090),
+}
+"""Balanced accuracy and spread over seeds of arXiv 2410.16424, Table 1, 'Pretrained All'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One score over its seeds.
+
+    Attributes:
+        value: mean over the seeds; None where there is none.
+        low, high: interval by subject; mean over the seeds of either bound.
+        spread: standard deviation over the seeds; None with one seed.
+        seeds: how many.
+        above_chance: True if the interval lies above guessing, None where chance or interval do not exist.
+        note: why there is no value, or what to know of it.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+    seeds: int = 0
+    above_chance: bool | None = None
+    note: str = ""
+
+    def describe(self) -> str:
+        """The cell as text: value, interval, spread."""
+        if self.value is None:
+            return "-"
+        parts = [f"{self.value:.3f}"]
+        if self.low is not None and self.high is not None:
+            parts.append(f"[{self.low:.3f}, {self.high:.3f}]")
+        if self.spread is not None:
+            parts.append(f"±{self.spread:.3f}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line of a table: its title, and a cell per column."""
+
+    title: str
+    subtitle: str
+    features: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """Titles of columns and the lines below them."""
+
+    columns: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+
+
+def list_tasks(rows: Sequence[ScoreRow]) -> tuple[str, ...]:
+    """Tasks that have a score or a reason for having none, in the order of `signals.TASKS`."""
+    found = {row.task for row in rows}
+    return tuple(task for task in TASKS if task in found)
+
+
+def list_skipped(rows: Sequence[ScoreRow]) -> list[str]:
+    """One sentence per task without any score: which and why."""
+    scored = {row.task for row in rows if row.value is not None}
+    sentences = {}
+    for row in rows:
+        if row.task not in scored and row.note and row.task not in sentences:
+            sentences[row.task] = f"{find_task(row.task).title}: {row.note}."
+    return list(sentences.values())
+
+
+def tabulate_headline(rows: Sequence[ScoreRow]) -> ScoreTable:
+    """Balanced accuracy per task, and the aggregate; the largest training size of each."""
+    columns = [(task, METRICS[0]) for task in list_tasks(rows)]
+    titles = [find_task(task).title for task, _ in columns]
+    if any(row.task == AGGREGATE for row in rows):
+        columns.append((AGGREGATE, AGGREGATE))
+        titles.append("Aggregate")
+    return _tabulate(_keep_largest(rows), columns, titles)
+
+
+def tabulate_metric(rows: Sequence[ScoreRow], task: str) -> ScoreTable:
+    """All metrics of one task; the largest training size of each."""
+    return _tabulate(_keep_largest(rows), [(task, name) for name in METRICS], [find_metric(name) for name in METRICS])
+
+
+def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
+    """Balanced accuracy of a task against the number of training subjects; None with a single number."""
+    mine = [row for row in rows if row.task == task and row.metric == METRICS[0] and row.value is not None]
+    mine = [row for row in mine if row.split != CROSS_VALIDATION]
+    sizes = sorted({row.training_subjects for row in mine})
+    if len(sizes) < 2:
+        return None
+    lines = []
+    for key in _list_keys(mine):
+        members = [row for row in mine if _key(row) == key]
+        cells = [_merge([row for row in members if row.training_subjects == size]) for size in sizes]
+        lines.append(_make_line(key, cells))
+    return ScoreTable(columns=tuple(f"{size} subjects" for size in sizes), rows=tuple(lines))
+
+
+def _tabulate(rows: Sequence[ScoreRow], columns: Sequence[tuple[str, str]], titles: Sequence[str]) -> ScoreTable:
+    lines = []
+    for key in _list_keys(rows):
+        members = [row for row in rows if _key(row) == key]
+        cells = [_merge([row for row in members if (row.task, row.metric) == column]) for column in columns]
+        if any(cell.value is not None for cell in cells):
+            lines.append(_make_line(key, cells))
+    return ScoreTable(columns=tuple(titles), rows=tuple(lines))
+
+
+def _make_line(key: tuple[str, str, str], cells: Sequence[Cell]) -> TableRow:
+    evaluation, features, pretraining = key
+    title = FEATURE_TITLES.get(features, features)
+    if features == "pretrained" and pretraining:
+        title = f"{title} ({pretraining})"
+    subtitle = EVALUATION_TITLES.get(evaluation, evaluation)
+    return TableRow(title=title, subtitle=subtitle, features=features, cells=tuple(cells))
+
+
+def _key(row: ScoreRow) -> tuple[str, str, str]:
+    return row.evaluation, row.features, row.pretraining
+
+
+def _list_keys(rows: Sequence[ScoreRow]) -> list[tuple[str, str, str]]:
+    def place(names: Sequence[str], name: str) -> int:
+        return list(names).index(name) if name in names else len(names)
+
+    keys = {_key(row) for row in rows}
+    return sorted(keys, key=lambda key: (place(EVALUATIONS, key[0]), place(FEATURES, key[1]), key))
+
+
+def _keep_largest(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
+    """Rows of the largest training size of every line and task; folds differ in size and are all kept."""
+    largest: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        key = (*_key(row), row.task)
+        largest[key] = max(largest.get(key, 0), row.training_subjects)
+    return [
+        row for row in rows if row.split == CROSS_VALIDATION or row.training_subjects == largest[(*_key(row), row.task)]
+    ]
+
+
+def _merge(rows: Sequence[ScoreRow]) -> Cell:
+    """One cell of the rows of all seeds."""
+    known = [row for row in rows if row.value is not None]
+    note = next((row.note for row in rows if row.note), "")
+    if not known:
+        return Cell(value=None, note=note)
+    values = np.array([row.value for row in known], float)
+    bounds = [(row.low, row.high) for row in known if row.low is not None and row.high is not None]
+    low, high = (float(x) for x in np.mean(bounds, axis=0)) if bounds else (None, None)
+    above = None
+    if low is not None and known[0].metric == METRICS[0]:
+        above = low > find_task(known[0].task).chance
+    return Cell(
+        value=float(values.mean()),
+        low=low,
+        high=high,
+        spread=float(values.std(ddof=1)) if len(values) > 1 else None,
+        seeds=len(values),
+        above_chance=above,
+        note=note,
+    )

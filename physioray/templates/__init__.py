@@ -1,0 +1,1 @@
+"""Page templates of the report, read as package resources."""
