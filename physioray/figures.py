@@ -89,7 +89,7 @@ def plot_probe_curve(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     found = find_task(task)
     curve = sorted((row for row in rows if row.get("features", "pretrained") == "pretrained"), key=lambda r: r["pass"])
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
         if curve:
             passes, values = [row["pass"] for row in curve], [row["value"] for row in curve]
@@ -105,7 +105,7 @@ def plot_probe_curve(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
         axes.axhline(found.chance, color=PALE, ls=":", label="chance")
         axes.set(title=found.title, xlabel="passes of pretraining", ylabel="balanced accuracy")
         _scale_passes(axes, [row["pass"] for row in curve])
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.legend(loc="outside lower center", ncols=4, fontsize=9, handlelength=2.4, columnspacing=1.2)
         return render_svg(figure, _slug(f"curve-{task}"))
 
 
@@ -121,7 +121,10 @@ def _scale_passes(axes: Axes, passes: Sequence[int]) -> None:
         return
     if max(passes) > 10:
         axes.set_xscale("symlog", linthresh=1, linscale=0.5)
-    axes.set_xticks(sorted(set(passes)), [str(number) for number in sorted(set(passes))])
+    marks = sorted(set(passes))
+    # Labels that would touch are left out, the last pass never.
+    shown = [mark for mark in marks if mark == marks[-1] or mark < 0.7 * marks[-1]]
+    axes.set_xticks(marks, [str(mark) if mark in shown else "" for mark in marks])
     axes.minorticks_off()
 
 
@@ -147,7 +150,7 @@ def plot_hypnogram(
     predicted: Int[np.ndarray, " n"],
     runs: Sequence[slice],
 ) -> str:
-    """The night as scored by people above the night as predicted; lines break where the recording does.
+    """The night as it was above the night as predicted; lines break where the recording does.
 
     Args:
         start: `(n,)` seconds from the start of the recording.
@@ -158,7 +161,7 @@ def plot_hypnogram(
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.4, 3.9), layout="constrained")
         panels = figure.subplots(2, 1, sharex=True)
-        for axes, stages, title in zip(panels, (true, predicted), ("Scored by people", "Predicted"), strict=True):
+        for axes, stages, title in zip(panels, (true, predicted), ("True stages", "Predicted stages"), strict=True):
             for run in runs:
                 hours = np.append(start[run], start[run][-1] + WINDOW_SECONDS) / 3600
                 levels = np.array([height[int(stage)] for stage in stages[run]], float)

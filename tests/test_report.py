@@ -200,7 +200,7 @@ def test_a_hypnogram_is_not_drawn_across_jumps(tmp_path):
     run = open_location(tmp_path)
     write_run(run, jumps={f"tr{number:02d}": list(range(0, 480 * 30, 60)) for number in range(3)})
     text = write_report(run).read_text()
-    assert "No hypnogram is drawn across jumps" in text and "Scored by people" not in text
+    assert "No hypnogram is drawn across jumps" in text and "Predicted stages" not in text
 
 
 def test_the_hypnogram_is_that_of_the_pretrained_probe_on_a_typical_night(page):
