@@ -14,14 +14,13 @@ import argparse
 import os
 from dataclasses import replace
 
-from physioray.report import describe_results, write_report
-
 from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.distribute import Resources, pretrain_on_cluster
 from physioray.presets import PRESETS, find_preset
 from physioray.pretrain import PretrainJob, choose_passes, fit_modalities
 from physioray.progress import ProgressLine
+from physioray.report import describe_results, write_report
 from physioray.study import run_study
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +15,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors that a user can mend are one line on standard error, without a traceback."""
     options = _build_parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("physioray: stopped; the same command continues where it was.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has had enough; nothing is wrong. Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError, LookupError) as error:
         print(f"physioray: {error}", file=sys.stderr)
         return 1

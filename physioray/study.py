@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from physioray.storage import Location, open_location
 from physioray.tensors import VALIDATION_PASS, Draw
 from physioray.train import to_tensors
 
-EMBED_BATCH = 256
+EMBED_BATCH = 64
 EXAMPLES = 4
 """Windows whose reconstruction is shown in the report."""
 
@@ -119,6 +120,7 @@ def run_study(
     protocol = choose_protocol(cohort, probe)
     job = replace(job, splits=protocol.splits)
     (out / "card.json").write_json(describe_card(cohort, protocol))
+    (out / "environment.json").write_json(describe_environment(job))
     say(protocol.sentence)
     run_pretraining(job)
 
@@ -159,6 +161,8 @@ def run_study(
             )
         curve = _measure_curve(job, cohort, probe, protocol, evaluations, embed, say)
     _write_results(out, evaluations, curve)
+    notes = list(dict.fromkeys(note for item in evaluations.values() for note in item.notes))
+    (out / "notes.json").write_json(notes)
     (out / "verdict.json").write_json(_draw_verdict(evaluations, protocol, job, curve))
     _write_reconstructions(out, cohort, job, checkpoints / "last.pt", device)
     return out
@@ -197,12 +201,17 @@ def describe_card(cohort: Cohort, protocol: Protocol) -> dict[str, Any]:
         "note": protocol.sentence,
         "assumptions": manifest.get("assumptions", {}),
         "discontinuities": {row["recording"]: row["discontinuities"] for row in manifest["recordings"]},
-        "environment": {
-            "physioray": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        },
+    }
+
+
+def describe_environment(job: PretrainJob) -> dict[str, Any]:
+    """What the run was made with, for the report's reader who wants to repeat it."""
+    return {
+        "physioray": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {job.threads} threads a worker",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
@@ -223,8 +232,12 @@ def _measure_curve(
         {"features": name, "task": task, **_average(evaluations[name].scores, task)}
         for name in ("untrained", "band_powers")
     ]
+    ends = {0: "untrained", job.train.passes: "pretrained"}
     light = replace(probe, tasks=(task,), bootstrap_draws=200)
     for number in job.keep_passes:
+        if number in ends and job.train.select == "last":
+            rows.append({"pass": number, "task": task, **_average(evaluations[ends[number]].scores, task)})
+            continue
         place = open_location(job.out) / "checkpoints" / f"pass-{number:04d}.pt"
         if not place.exists():
             continue
@@ -280,7 +293,6 @@ def _draw_verdict(
             except ComparisonError:
                 continue  # the task was skipped; the notes say why
     sentences.append(_state_curve(curve, job.train.passes))
-    sentences += list(dict.fromkeys(note for item in evaluations.values() for note in item.notes))
     return [sentence for sentence in sentences if sentence]
 
 

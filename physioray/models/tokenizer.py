@@ -39,7 +39,9 @@ class ChunkTokenizer(nn.Module):
         views = functional.pad(chunks, (half, half)).unfold(1, 2 * half + 1, 1)
         features = functional.linear(views, self.convolution.weight[:, 0], self.convolution.bias)
         whole = features.shape[1] // self.pool * self.pool
-        pooled = features[:, :whole].unflatten(1, (-1, self.pool)).max(2).values
+        grouped = features[:, :whole].unflatten(1, (-1, self.pool))
+        # Of PyTorch's two maxima one is fast forward and the other fast backward, on a CPU.
+        pooled = grouped.max(2).values if torch.is_grad_enabled() else grouped.amax(2)
         return self.norm(self.projection(functional.gelu(pooled).flatten(1)))
 
 
