@@ -124,6 +124,8 @@ def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]
         yield
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # A local cluster makes its own token and listens on this machine only; its advice on that is no news to a user.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)

@@ -69,7 +69,11 @@ def choose_protocol(cohort: Cohort, config: ProbeConfig) -> Protocol:
     """
     labels = np.stack([cohort.read_labels(task) for task in TASKS])
     owner = np.repeat([item.subject_index for item in cohort.recordings], [item.rows for item in cohort.recordings])
-    known = np.unique(owner[(labels != UNKNOWN).any(0)])
+    # The pretraining split's people have an age but no scored night; they are nobody's test subjects.
+    eligible = np.array([item.split != "pretrain" for item in cohort.recordings])[
+        np.repeat(np.arange(len(cohort.recordings)), [item.rows for item in cohort.recordings])
+    ]
+    known = np.unique(owner[(labels != UNKNOWN).any(0) & eligible])
     labelled = tuple(cohort.subjects[number] for number in known)
     if len(labelled) >= config.cross_validate_below:
         sentence = "Held-out test subjects: they are in neither pretraining, training nor validation."
