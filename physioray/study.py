@@ -115,61 +115,76 @@ def run_study(
         verdict.json, card.json, config.json and training.jsonl.
     """
 
-    def say(text: str) -> None:
-        if screen is not None:
-            screen.say(text)
-
     probe = probe or ProbeConfig()
     cohort, out = Cohort.open(job.cohort), open_location(job.out)
     protocol = choose_protocol(cohort, probe)
     job = replace(job, splits=protocol.splits)
+    work = _Work(job=job, cohort=cohort, out=out, protocol=protocol, probe=probe, screen=screen, device=device)
     (out / "card.json").write_json(describe_card(cohort, protocol))
     (out / "environment.json").write_json(describe_environment(job))
-    say(protocol.sentence)
+    work.say(protocol.sentence)
     run_pretraining(job)
-
-    checkpoints = out / "checkpoints"
-    names = job.model.modalities
-    windows = find_labelled_windows(cohort, protocol, names)
-    identity = (name_pretraining(job), hash_config(job.model, job.objective, job.train))
+    windows = find_labelled_windows(cohort, protocol, job.model.modalities)
     evaluations: dict[str, Evaluation] = {}
     curve: list[dict[str, Any]] = []
     if len(windows) and protocol.folds != {}:
-        source = GatherSource(cohort, windows, batch_size=EMBED_BATCH, modalities=names)
-
-        def embed(place: Location) -> Embeddings:
-            encoder = load_autoencoder(place, device).encoder
-            return embed_windows(make_encode(encoder, source.modalities, device), source.iterate_all())
-
-        final = checkpoints / (
-            "best.pt" if job.train.select == "best" and (checkpoints / "best.pt").exists() else "last.pt"
-        )
-        say(f"Embedding {len(windows):,} labelled windows, and describing them by band powers ...")
-        features = {
-            "pretrained": embed(final),
-            "untrained": embed(checkpoints / "pass-0000.pt"),
-            "band_powers": embed_windows(lambda batch: band_powers(batch, source.modalities), source.iterate_all()),
-        }
-        features["pretrained"].save(out / "embeddings.arrow")
-        for name, embeddings in features.items():
-            say(f"Probing {name.replace('_', ' ')} ...")
-            known = identity if name == "pretrained" else ("none", "")
-            evaluations[name] = evaluate_probe(
-                embeddings,
-                cohort,
-                probe,
-                features=name,
-                pretraining=known[0],
-                config_hash=known[1],
-                folds=protocol.folds,
-            )
-        curve = _measure_curve(job, cohort, probe, protocol, evaluations, embed, say)
+        source = GatherSource(cohort, windows, batch_size=EMBED_BATCH, modalities=job.model.modalities)
+        evaluations = _probe_features(work, source)
+        curve = _measure_curve(work, source, evaluations)
     _write_results(out, evaluations, curve)
     notes = list(dict.fromkeys(note for item in evaluations.values() for note in item.notes))
     (out / "notes.json").write_json(notes)
     (out / "verdict.json").write_json(_draw_verdict(evaluations, protocol, job, curve))
-    _write_reconstructions(out, cohort, job, checkpoints / "last.pt", device)
+    _write_reconstructions(out, cohort, job, out / "checkpoints" / "last.pt", device)
     return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What the parts of a study share."""
+
+    job: PretrainJob
+    cohort: Cohort
+    out: Location
+    protocol: Protocol
+    probe: ProbeConfig
+    screen: Screen | None
+    device: torch.device | str
+
+    def say(self, text: str) -> None:
+        if self.screen is not None:
+            self.screen.say(text)
+
+    def embed(self, source: GatherSource, checkpoint: str) -> Embeddings:
+        encoder = load_autoencoder(self.out / "checkpoints" / checkpoint, self.device).encoder
+        return embed_windows(make_encode(encoder, source.modalities, self.device), source.iterate_all())
+
+
+def _probe_features(work: _Work, source: GatherSource) -> dict[str, Evaluation]:
+    """Probe the pretrained encoder and the two floors, with the same solver on the same folds."""
+    job, out = work.job, work.out
+    chosen = "best.pt" if job.train.select == "best" and (out / "checkpoints" / "best.pt").exists() else "last.pt"
+    work.say(f"Embedding {len(source.window_ids):,} labelled windows, and describing them by band powers ...")
+    features = {
+        "pretrained": work.embed(source, chosen),
+        "untrained": work.embed(source, "pass-0000.pt"),
+        "band_powers": embed_windows(lambda batch: band_powers(batch, source.modalities), source.iterate_all()),
+    }
+    features["pretrained"].save(out / "embeddings.arrow")
+    evaluations = {}
+    for name, embeddings in features.items():
+        work.say(f"Probing {name.replace('_', ' ')} ...")
+        pretrained = name == "pretrained"
+        evaluations[name] = evaluate_probe(
+            embeddings,
+            work.cohort,
+            work.probe,
+            features=name,
+            pretraining=name_pretraining(job) if pretrained else "none",
+            config_hash=hash_config(job.model, job.objective, job.train) if pretrained else "",
+            folds=work.protocol.folds,
+        )
+    return evaluations
 
 
 def name_pretraining(job: PretrainJob) -> str:
@@ -219,39 +234,34 @@ def describe_environment(job: PretrainJob) -> dict[str, Any]:
     }
 
 
-def _measure_curve(
-    job: PretrainJob,
-    cohort: Cohort,
-    probe: ProbeConfig,
-    protocol: Protocol,
-    evaluations: Mapping[str, Evaluation],
-    embed: Callable[[Location], Embeddings],
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
+def _measure_curve(work: _Work, source: GatherSource, evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     """Probe score on sleep against passes, on the same folds as the headline; the floors as lines without a pass."""
-    task = next((name for name in probe.tasks if cohort.has_task(name)), None)
+    train = work.job.train
+    task = next((name for name in work.probe.tasks if work.cohort.has_task(name)), None)
     if task is None:
         return []
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"features": name, "task": task, **_average(evaluations[name].scores, task)}
         for name in ("untrained", "band_powers")
     ]
-    ends = {0: "untrained", job.train.passes: "pretrained"}
-    light = replace(probe, tasks=(task,), bootstrap_draws=200)
-    for number in job.keep_passes:
-        if number in ends and job.train.select == "last":
+    ends = {0: "untrained", train.passes: "pretrained"} if train.select == "last" else {0: "untrained"}
+    light = replace(work.probe, tasks=(task,), bootstrap_draws=200)
+    for number in work.job.keep_passes:
+        name = f"pass-{number:04d}.pt"
+        if number in ends:
             rows.append({"pass": number, "task": task, **_average(evaluations[ends[number]].scores, task)})
-            continue
-        place = open_location(job.out) / "checkpoints" / f"pass-{number:04d}.pt"
-        if not place.exists():
-            continue
-        found = evaluate_probe(
-            embed(place), cohort, light, features="pretrained", folds=protocol.folds, evaluations=(CONVERGED,)
-        )
-        row = {"pass": number, "task": task, **_average(found.scores, task)}
-        if row["value"] is not None:
-            say(f"after {number} passes: {task} {row['value']:.3f} balanced accuracy")
-        rows.append(row)
+        elif (work.out / "checkpoints" / name).exists():
+            found = evaluate_probe(
+                work.embed(source, name),
+                work.cohort,
+                light,
+                features="pretrained",
+                folds=work.protocol.folds,
+                evaluations=(CONVERGED,),
+            )
+            rows.append({"pass": number, "task": task, **_average(found.scores, task)})
+            if rows[-1]["value"] is not None:
+                work.say(f"after {number} passes: {task} {rows[-1]['value']:.3f} balanced accuracy")
     return rows
 
 

@@ -114,9 +114,7 @@ def convert_recording(
         "arousal": labels.arousal[night.kept],
     }
     channels = {name: _describe(chosen[name], item, night.kept, name) for name, item in processed.items()}
-    warnings += _doubt_amplitudes(channels)
-    if subject and subject.note:
-        warnings.append(subject.note)
+    warnings += _doubt_amplitudes(channels) + ([subject.note] if subject and subject.note else [])
     facts = {
         "recording": entry.name,
         "subject": subject.subject if subject else entry.name,
