@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/physioray simulate $(DEMO)/source --subjects 40 --hours 0.75 --seed 0
 	$(BIN)/physioray ingest $(DEMO)/source $(DEMO)/cohort
 	$(BIN)/physioray info $(DEMO)/cohort
-	$(BIN)/python experiments/quickstart.py --cohort $(DEMO)/cohort --out $(DEMO)/run --preset small
+	$(BIN)/python experiments/quickstart.py --cohort $(DEMO)/cohort --out $(DEMO)/run --preset small --passes 10
 
 lint: setup
 	$(BIN)/ruff check .

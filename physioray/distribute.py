@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -156,6 +156,8 @@ def pretrain_on_cluster(
     with join_cluster(address, cpus=needed):
         _check_resources(resources)
         out = open_location(job.out)
+        # Workers have working folders of their own, so a relative path must not reach them.
+        job = replace(job, cohort=open_location(job.cohort).uri, out=out.uri)
         # Ray keeps its own files of a run here; checkpoints and results are the job's own, in `out`.
         storage = f"{out.uri}/ray" if not out.is_local else os.path.join(out.path, "ray")
         per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
