@@ -12,8 +12,12 @@ Answer: on the 21 real excerpts pretraining had not overtaken the untrained enco
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 
+import torch
+
+from physioray.cli import guard
 from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.distribute import Resources, pretrain_on_cluster
@@ -35,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
 
     # What is trained, and on what: cost stands beside the learning rate.
-    resources = Resources(workers=1, gpus_per_worker=0)
+    resources = Resources(workers=1, gpus_per_worker=1 if torch.cuda.is_available() else 0)
     preset = find_preset(options.preset)
     train = replace(preset.train, passes=options.passes or preset.train.passes)
     job = PretrainJob(
@@ -61,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from physioray import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; errors that a user can mend are one line on standard error, without a traceback."""
+    """Run one verb."""
     options = _build_parser().parse_args(arguments)
+    return guard(lambda: options.run(options))
+
+
+def guard(action: Callable[[], int | None]) -> int:
+    """Run a command; errors that a user can mend are one line on standard error, without a traceback.
+
+    Returns:
+        The exit status: the action's own (None counts as 0), 1 for an error, 130 after ctrl-C.
+    """
     try:
-        code = options.run(options)
+        code = action() or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -25,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has had enough; nothing is wrong. Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, ArithmeticError) as error:
         print(f"physioray: {error}", file=sys.stderr)
         return 1
 

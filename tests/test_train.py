@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_a_clear_error(cohort: Cohort, tmp_path: Path) -
         pretrain(make_job(cohort, tmp_path))
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_close_to_single(cohort: Cohort, tmp_path: Path, precision: str) -> None:
     single = pretrain(make_job(cohort, tmp_path / "fp32"))
     half = pretrain(make_job(cohort, tmp_path / "half", precision=precision))
