@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from physioray.checkpoint import load_checkpoint, restore_state
@@ -174,8 +174,20 @@ def pretrain_on_cluster(
                     name="train", storage_path=storage, failure_config=FailureConfig(max_failures=resources.retries)
                 ),
             )
-            trainer.fit()
+            try:
+                trainer.fit()
+            except WorkerGroupError as error:
+                _raise_cause(error)
+                raise
     return _read_result(job)
+
+
+def _raise_cause(error: WorkerGroupError) -> None:
+    """Raise what a worker raised, if it is something the user can mend; Ray wraps it in pages of its own frames."""
+    for failure in error.worker_failures.values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, OSError | ValueError | LookupError | ArithmeticError):
+            raise cause from None
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:

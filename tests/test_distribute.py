@@ -16,6 +16,7 @@ from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, pretrain
+from physioray.storage import StorageError
 from tests.written_cohorts import write_cohort
 
 pytestmark = pytest.mark.ray
@@ -112,6 +113,19 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(coh
     alone = pretrain(replace(job, out=str(tmp_path / "alone"))).history
     assert killed
     assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in alone], rel=1e-5)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
+def test_what_a_worker_refuses_reaches_the_user_without_pages_of_frames(cohort: Cohort, tmp_path: Path) -> None:
+    from physioray.distribute import Resources, pretrain_on_cluster
+
+    job = make_job(cohort, tmp_path)
+    job = replace(job, train=replace(job.train, passes=1))
+    pretrain(job)
+    changed = replace(job, train=replace(job.train, learning_rate=0.5))
+    with pytest.raises(StorageError, match=r"learning_rate: 0.001 and not 0.5"):
+        pretrain_on_cluster(changed, Resources(retries=0))
 
 
 @pytest.mark.usefixtures("cluster")
