@@ -17,7 +17,7 @@ class LossParts:
 
     Attributes:
         sums: per part (a modality, a task, a pair), the sum of the errors of this worker's windows.
-        counts: per part, how many errors were summed.
+        counts: per part, how many errors were summed, or the sum of their weights.
         weighting: `part` averages each part over its errors and then over the parts that have any;
             `item` averages over all errors alike.
     """
@@ -44,6 +44,14 @@ def combine_sums(
 ) -> Float[Tensor, "*steps"]:
     """One number from sums and counts per part; see LossParts.weighting. Nothing counted gives 0."""
     if weighting == "item":
-        return sums.sum(-1) / totals.sum(-1).clamp(min=1)
-    means = sums / totals.clamp(min=1)
+        whole = totals.sum(-1)
+        return sums.sum(-1) / torch.where(whole > 0, whole, 1)
+    means = average(sums, totals)
     return means.sum(-1) / (totals > 0).sum(-1).clamp(min=1)
+
+
+def average(
+    sums: Float[Tensor, "*steps parts"], totals: Float[Tensor, "*steps parts"]
+) -> Float[Tensor, "*steps parts"]:
+    """Mean error of every part; 0 for a part that nothing was counted for. Counts may be weights below 1."""
+    return sums / torch.where(totals > 0, totals, 1)
