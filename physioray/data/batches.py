@@ -64,7 +64,10 @@ class BatchSource(Protocol):
         ...
 
     def iterate_all(self) -> Iterator[Batch]:
-        """Every window of the source once, in ascending order, the last batch ragged."""
+        """Every window of the source once, in ascending order, the last batch ragged.
+
+        A source of pairs gives the pairs of one pass instead, the same ones every time.
+        """
         ...
 
 

@@ -261,9 +261,13 @@ def _contrast(
 
 
 def _collect(errors: Mapping[str, Sequence[_Errors]]) -> LossParts:
+    """Parts of a loss, and as `negatives` how many each anchor was compared with."""
     sums = {name: torch.stack([item.sum for item in items]).sum() for name, items in errors.items()}
     counts = {name: torch.stack([item.count for item in items]).sum() for name, items in errors.items()}
-    return LossParts(sums=sums, counts=counts)
+    # What the batch really offers: with absent modalities or small batches there are fewer negatives than rows.
+    negatives = torch.stack([item.negatives for items in errors.values() for item in items]).sum()
+    anchors = torch.stack(list(counts.values())).sum()
+    return LossParts(sums=sums, counts=counts, watched={"negatives": torch.stack([negatives, anchors])})
 
 
 def gather_candidates(rows: Float[Tensor, "b modalities d"], here: Bool[Tensor, "b modalities"]) -> Candidates:

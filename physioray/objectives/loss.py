@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,11 +20,14 @@ class LossParts:
         counts: per part, how many errors were summed, or the sum of their weights.
         weighting: `part` averages each part over its errors and then over the parts that have any;
             `item` averages over all errors alike.
+        watched: figures worth a line in the log that are no loss and never enter one: sum and count of each, the
+            same names on every worker and at every step.
     """
 
     sums: Mapping[str, Float[Tensor, ""]]
     counts: Mapping[str, Float[Tensor, ""]]
     weighting: Literal["part", "item"] = "part"
+    watched: Mapping[str, Float[Tensor, "2"]] = field(default_factory=dict)
 
     def stack(self) -> Float[Tensor, "2 parts"]:
         """Sums and counts as one tensor without gradient, to be added up over workers."""
