@@ -18,15 +18,23 @@ from numpy.typing import NDArray
 from physioray import __version__
 from physioray.baselines import band_powers
 from physioray.compare import ComparisonError, compare_paired, state_chance, state_difference
-from physioray.config import ProbeConfig, hash_config
+from physioray.config import ProbeConfig, ReconstructionConfig, hash_config
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource, WindowReader
 from physioray.data.splits import Fold, SplitError, fold_subjects
 from physioray.embeddings import Embeddings, embed_windows
 from physioray.evaluate import Evaluation, evaluate_probe
 from physioray.journal import Screen
+from physioray.models.fused import MaskedAutoencoder
 from physioray.objectives.masking import draw_visible
-from physioray.pretrain import PretrainJob, find_pretraining_windows, load_autoencoder, make_encode
+from physioray.pretrain import (
+    PretrainJob,
+    choose_checkpoint,
+    find_pretraining_windows,
+    load_encoder,
+    load_model,
+    make_encode,
+)
 from physioray.results import (
     CONVERGED,
     PREDICTIONS_FILE,
@@ -131,19 +139,18 @@ def run_study(
     checkpoints = out / "checkpoints"
     names = job.model.modalities
     windows = find_labelled_windows(cohort, protocol, names)
-    identity = (name_pretraining(job), hash_config(job.model, job.objective, job.train))
+    identity = (job.name, hash_config(job.model, job.objective, job.train))
     evaluations: dict[str, Evaluation] = {}
     curve: list[dict[str, Any]] = []
     if len(windows) and protocol.folds != {}:
         source = GatherSource(cohort, windows, batch_size=EMBED_BATCH, modalities=names)
 
         def embed(place: Location) -> Embeddings:
-            encoder = load_autoencoder(place, device).encoder
-            return embed_windows(make_encode(encoder, source.modalities, device), source.iterate_all())
+            return embed_windows(
+                make_encode(load_encoder(place, device), source.modalities, device), source.iterate_all()
+            )
 
-        final = checkpoints / (
-            "best.pt" if job.train.select == "best" and (checkpoints / "best.pt").exists() else "last.pt"
-        )
+        final = choose_checkpoint(checkpoints, job.train)
         say(f"Embedding {len(windows):,} labelled windows, and describing them by band powers ...")
         features = {
             "pretrained": embed(final),
@@ -170,11 +177,6 @@ def run_study(
     (out / "verdict.json").write_json(_draw_verdict(evaluations, protocol, job, curve))
     _write_reconstructions(out, cohort, job, checkpoints / "last.pt", device)
     return out
-
-
-def name_pretraining(job: PretrainJob) -> str:
-    """The arm's name in result files."""
-    return "mae_drop" if job.objective.mask.drop and job.objective.mask.drop_probability > 0 else "mae"
 
 
 def find_labelled_windows(cohort: Cohort, protocol: Protocol, modalities: Sequence[str]) -> NDArray[np.int64]:
@@ -317,7 +319,9 @@ def _write_reconstructions(
     out: Location, cohort: Cohort, job: PretrainJob, checkpoint: Location, device: torch.device | str
 ) -> None:
     """Some windows, what was visible of them and what the model made of the rest, with validation's masks."""
-    model = load_autoencoder(checkpoint, device)
+    model = load_model(checkpoint, device)
+    if not isinstance(model, MaskedAutoencoder) or not isinstance(job.objective, ReconstructionConfig):
+        return  # only masked autoencoders reconstruct
     candidates: tuple[Split, ...] = ("validation", "test", "train")
     held_out = [split for split in candidates if len(cohort.find_windows(splits=[split]))]
     splits = held_out[:1] or list(SPLITS)
