@@ -164,7 +164,10 @@ def pretrain(
         validation = make_source(cohort, find_pretraining_windows(cohort, ["validation"], names), **shared)
     journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
     if group.rank == 0:
-        (out / "config.json").write_json(job.describe() | {"cohort_fingerprint": cohort.fingerprint})
+        facts = {"cohort_fingerprint": cohort.fingerprint}
+        if getattr(source, "pairs_per_recording", None) is not None:
+            facts["pairs_per_recording"] = source.pairs_per_recording  # type: ignore[attr-defined]
+        (out / "config.json").write_json(job.describe() | facts)
     return train(
         model=build_model(job.model, job.train.seed),
         objective=objective,

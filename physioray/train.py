@@ -143,6 +143,7 @@ def train(
         names: list[str] = list(source.modalities)
         began = last_saved = time.monotonic()
         waited, windows = 0.0, 0
+        watched: dict[str, Tensor] = {}
         for batch, wait in _time_waits(source.iterate_pass(state.pass_number, state.step_in_pass)):
             # The random state of a step is a function of the step, so that a resumed run draws the same.
             torch.manual_seed(_step_seed(config.seed, state.step, group.rank))
@@ -151,6 +152,7 @@ def train(
             gradients.clear()
             with _autocast(device, config.precision):
                 parts = objective(model, to_tensors(batch, source.modalities, device), draw)
+            watched = {name: watched.get(name, 0) + value.detach() for name, value in parts.watched.items()}
             parts, names = _complete(parts, names)
             totals = group.add_up(parts.stack())
             scaler.scale(parts.combine(totals[1])).backward()
@@ -179,6 +181,7 @@ def train(
         state.seconds += time.monotonic() - last_saved
         state.pass_number, state.step_in_pass = state.pass_number + 1, 0
         record = _summarise_pass(state, names, parts.weighting, optimizer)
+        record |= {"watched": {name: _divide(group.add_up(value)) for name, value in watched.items()}}
         record |= {"windows_per_second": windows * group.world_size / elapsed, "wait_share": waited / elapsed}
         if validation is not None and (state.pass_number % config.validate_every == 0 or _is_last(state, config)):
             record |= validate(model, objective, validation, config, mixed=validate_mixed, group=group, device=device)
@@ -368,6 +371,11 @@ def _summarise_pass(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "seconds": state.seconds,
     }
+
+
+def _divide(total: Float[Tensor, "2"]) -> float:
+    """The mean from a sum and a count; 0 if nothing was counted."""
+    return float(total[0] / total[1].clamp(min=1))
 
 
 def _is_last(state: TrainState, config: TrainConfig) -> bool:
