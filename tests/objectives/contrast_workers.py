@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from physioray.config import ContrastiveConfig, LateFusionConfig
 from physioray.models.late_fusion import LateFusion
 from physioray.objectives.contrastive import build_contrast
 from physioray.presets import PRESETS
+from physioray.pretrain import PretrainJob, pretrain
 from physioray.tensors import Draw, WindowTensors
 
 CASES = (("simclr", False), ("pairwise", False), ("leave_one_out", True))
@@ -61,6 +63,27 @@ def run_step(windows: WindowTensors, method: str, learned: bool) -> dict[str, to
             if name not in ("totals", "watched"):
                 dist.all_reduce(value)
     return result
+
+
+def make_job(cohort: str, out: str, method: str) -> PretrainJob:
+    """Two passes of a contrastive pretraining at the smallest size."""
+    tiny = PRESETS["tiny"]
+    return PretrainJob(
+        cohort=cohort,
+        out=out,
+        model=LateFusionConfig(model=tiny.model),
+        objective=ContrastiveConfig(method=method),  # type: ignore[arg-type]
+        train=replace(tiny.train, passes=2, batch_size=16),
+        threads=1,
+    )
+
+
+def run_job(rank: int, workers: int, cohort: str, folder: str) -> None:
+    """One process of a whole pretraining, method after method."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
+    for method, _ in CASES:
+        pretrain(make_job(cohort, f"{folder}/{method}", method))
+    dist.destroy_process_group()
 
 
 def work(rank: int, shares: Sequence[Sequence[int]], rows: int, folder: str) -> None:

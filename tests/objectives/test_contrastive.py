@@ -1,5 +1,6 @@
 """The contrastive losses against slow references in double precision, and one worker against several."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -23,8 +24,11 @@ from physioray.objectives.contrastive import (
 )
 from physioray.objectives.loss import LossParts
 from physioray.presets import PRESETS
+from physioray.pretrain import pretrain
+from physioray.storage import open_location
 from physioray.tensors import Draw, WindowTensors
-from tests.objectives.contrast_workers import CASES, make_windows, run_step, take, work
+from tests.objectives.contrast_workers import CASES, make_job, make_windows, run_job, run_step, take, work
+from tests.written_cohorts import write_cohort
 
 NAMES = ("eeg", "eog", "emg", "ecg")
 DRAW = Draw(seed=0, pass_number=0, step=0)
@@ -263,3 +267,21 @@ def test_workers_with_unequal_shares_take_the_step_of_one_process(tmp_path: Path
         for name, value in alone.items():
             torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5 * float(largest), msg=name)
         assert not learned or alone["log_scale"] != 0
+
+
+@pytest.mark.slow
+def test_two_workers_pretrain_as_one_does_validation_included(tmp_path: Path) -> None:
+    # Validation has 17 windows, one more than a batch, and pairs are shared: nobody may wait for a worker in vain.
+    cohort = write_cohort(tmp_path / "cohort", [20, 24, 17, 5, 13], absent={"emg": 0.3, "ecg": 0.2})
+    place = str(cohort.location)
+    torch.multiprocessing.spawn(run_job, args=(2, place, str(tmp_path)), nprocs=2, join=True)
+    for method, _ in CASES:
+        alone = pretrain(make_job(place, str(tmp_path / "alone" / method), method)).history
+        lines = (tmp_path / method / "training.jsonl").read_text().splitlines()
+        for one, other in zip(alone, map(json.loads, lines), strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert other["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-5)
+            assert other["watched"] == pytest.approx(one["watched"], rel=1e-6)
+            assert 0 < one["watched"]["negatives"] < 16
+        facts = open_location(str(tmp_path / method / "config.json")).read_json()
+        assert facts.get("pairs_per_recording") == (3 if method == "simclr" else None)
