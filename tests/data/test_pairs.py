@@ -199,3 +199,27 @@ def test_a_window_that_starts_elsewhere_than_its_number_says_is_taken_at_its_wor
         writer.write_table(table)
     beside.replace(shard)
     assert find_runs(Cohort.open(str(tmp_path)), np.arange(8)).length.tolist() == [4] * 8
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [True, False])
+def test_streamed_batches_are_the_gathered_ones_with_pairs_and_with_a_last_batch_that_is_larger(
+    cohort: Cohort, pairs: bool
+) -> None:
+    from physioray.data.stream import StreamSource
+    from physioray.distribute import join_cluster
+
+    batch_size = 16 if pairs else 53
+    with join_cluster(cpus=3):
+        for rank in range(2):
+            arguments: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world_size": 2, "pairs": pairs}
+            gathered = GatherSource(cohort, cohort.find_windows(), modalities=["eeg"], **arguments)
+            streamed = StreamSource(cohort, cohort.find_windows(), modalities=["eeg"], **arguments)
+            assert streamed.count_steps() == gathered.count_steps()
+            assert streamed.pairs_per_recording == gathered.pairs_per_recording
+            passes = zip(gathered.iterate_pass(1, 1), streamed.iterate_pass(1, 1), strict=True)
+            everything = zip(gathered.iterate_all(), streamed.iterate_all(), strict=True)
+            for one, other in (*passes, *everything):
+                assert np.array_equal(one.window_id, other.window_id)
+                assert np.array_equal(one.signals["eeg"], other.signals["eeg"])
