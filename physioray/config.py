@@ -149,12 +149,19 @@ class MaskConfig:
     Attributes:
         hidden_ratio: share of the present modalities' tokens that is hidden, drop included. With four
             modalities 0.7 leaves 36 of 120 tokens visible in both arms.
-        drop: hide one whole modality in every batch, and the rest of `hidden_ratio` among the others.
+        sampler: how the visible tokens are shared among the modalities: `uniform` without regard to modality
+            (the paper), `dirichlet` by shares drawn from a Dirichlet distribution (Bachmann et al. 2022, MultiMAE),
+            `subset` uniformly among a random part of the modalities.
+        concentration: of the Dirichlet distribution; large values give equal shares, small ones favour one modality.
+        drop: hide one whole modality in every batch, and the rest of `hidden_ratio` among the others, as the
+            sampler says.
         drop_probability: probability that a batch drops a modality; the paper's arm is 1.
         drop_scope: one draw for the global batch, for each worker's share, or for each window.
     """
 
     hidden_ratio: float = 0.7
+    sampler: Literal["uniform", "dirichlet", "subset"] = "uniform"
+    concentration: float = 1.0
     drop: bool = True
     drop_probability: float = 1.0
     drop_scope: Literal["batch", "rank", "sample"] = _assume(
@@ -166,6 +173,8 @@ class MaskConfig:
         _require(
             0 <= self.drop_probability <= 1, "MaskConfig.drop_probability must be in [0, 1]", self.drop_probability
         )
+        _require_choice("MaskConfig.sampler", self.sampler, ("uniform", "dirichlet", "subset"))
+        _require(self.concentration > 0, "MaskConfig.concentration must be positive", self.concentration)
         _require_choice("MaskConfig.drop_scope", self.drop_scope, ("batch", "rank", "sample"))
 
 
@@ -181,6 +190,88 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         _require_choice("ReconstructionConfig.weighting", self.weighting, ("modality", "token"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateFusionConfig:
+    """One encoder per modality, joined only behind the encoders (Fang et al. 2024, appendix F.1).
+
+    Attributes:
+        model: sizes of every encoder; the decoders' settings are not used.
+        layers_per_modality: `same` gives each encoder as many layers as the fused transformer, `parity` so many
+            that all together have about its parameters, a number gives that many.
+        learned_temperature: the model learns exp(t) as the factor on similarities, and the objective's fixed
+            temperature is not used.
+    """
+
+    model: ModelConfig = ModelConfig()
+    layers_per_modality: Literal["same", "parity"] | int = _assume(
+        "same", "late fusion: each modality has its own encoder, with as many layers as the fused one"
+    )
+    projection_activation: Literal["relu", "gelu"] = _assume("relu", "ReLU inside the two-layer projection")
+    learned_temperature: bool = False
+    log_scale_limits: tuple[float, float] = _assume(
+        (0.0, 4.6), "learned temperature: exp(t) starts at 1 and stays within 1 and 100"
+    )
+
+    def __post_init__(self) -> None:
+        layers, (low, high) = self.layers_per_modality, self.log_scale_limits
+        _require(
+            layers in ("same", "parity") or (isinstance(layers, int) and layers >= 1),
+            "LateFusionConfig.layers_per_modality must be same, parity or a number of at least 1",
+            layers,
+        )
+        _require_choice("LateFusionConfig.projection_activation", self.projection_activation, ("relu", "gelu"))
+        _require(self.model.width % 4 == 0, "LateFusionConfig.model.width must be a multiple of 4", self.model.width)
+        _require(low <= high, "LateFusionConfig.log_scale_limits must be in ascending order", self.log_scale_limits)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities, as in ModelConfig."""
+        return self.model.modalities
+
+    @property
+    def layers(self) -> int:
+        """Layers of each encoder."""
+        if isinstance(self.layers_per_modality, int):
+            return self.layers_per_modality
+        if self.layers_per_modality == "same":
+            return self.model.layers
+        # Tokenizers are the same in both, so the layers alone decide: spread the fused model's over the encoders.
+        return max(1, round(self.model.layers / len(self.model.modalities)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How a window is disturbed before it is compared (after Raghu et al. 2022, as others re-implemented it)."""
+
+    noise: float = _assume(0.25, "augmentation: Gaussian noise of 0.25 x the window's standard deviation")
+    block: float = _assume(0.25, "augmentation: one stretch of 25 % of the window is zeroed, per modality")
+
+    def __post_init__(self) -> None:
+        _require(self.noise >= 0, "AugmentConfig.noise must not be negative", self.noise)
+        _require(0 <= self.block < 1, "AugmentConfig.block must be in [0, 1)", self.block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """The contrastive objectives (Fang et al. 2024, appendix F).
+
+    Attributes:
+        method: `simclr` compares adjacent windows, `pairwise` every two modalities of a window,
+            `leave_one_out` each modality with the mean of the others.
+        temperature: fixed; similarities are divided by it inside the exponent. Of no effect on a model that
+            learns its own.
+        augment: how windows are disturbed; used by `simclr` alone.
+    """
+
+    method: Literal["simclr", "pairwise", "leave_one_out"] = "leave_one_out"
+    temperature: float = _assume(0.1, "logits are cosine similarities divided by 0.1")
+    augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        _require_choice("ContrastiveConfig.method", self.method, ("simclr", "pairwise", "leave_one_out"))
+        _require(self.temperature > 0, "ContrastiveConfig.temperature must be positive", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

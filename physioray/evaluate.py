@@ -35,8 +35,8 @@ from physioray.recipe import RecipeProblem, fit_recipe
 from physioray.results import (
     CONVERGED,
     CROSS_VALIDATION,
-    EVALUATIONS,
     MOST_CLASSES,
+    PROBES,
     RECIPE,
     TEST,
     ScoreRow,
@@ -92,7 +92,7 @@ def evaluate_probe(
     config_hash: str = "",
     folds: Mapping[int, Sequence[Fold]] | None = None,
     subsets: Mapping[int, Sequence[str]] | None = None,
-    evaluations: Sequence[str] = EVALUATIONS,
+    evaluations: Sequence[str] = PROBES,
 ) -> Evaluation:
     """Score embeddings on every task by linear probes.
 
@@ -107,14 +107,14 @@ def evaluate_probe(
         features, pretraining, config_hash: written into every row.
         folds: by seed, the folds of one cross-validation.
         subsets: by size asked for, the training subjects; the whole training split if None (held out only).
-        evaluations: which of `EVALUATIONS` to run.
+        evaluations: which of `results.PROBES` to run.
 
     Raises:
         LookupMiss: an evaluation does not exist.
     """
     for name in evaluations:
-        if name not in EVALUATIONS:
-            raise LookupMiss(f"An evaluation must be one of {', '.join(EVALUATIONS)}, but got {name!r}.")
+        if name not in PROBES:
+            raise LookupMiss(f"An evaluation must be one of {', '.join(PROBES)}, but got {name!r}.")
     context = _open_context(embeddings, cohort, config, features, pretraining, config_hash)
     plans = plan_folds(folds) if folds is not None else plan_holdout(cohort, subsets, config.seeds, context.note)
     rows = []
@@ -129,7 +129,7 @@ def evaluate_probe(
                 rows += _evaluate_task(context, task, evaluation, plans)
         if reason:
             context.note(f"{task.title} is skipped: {reason}.")
-    rows += _aggregate_rows(rows, config.tasks)
+    rows += aggregate_rows(rows, config.tasks)
     tables = context.tables or [prediction_schema().empty_table()]
     return Evaluation(scores=rows, predictions=pa.concat_tables(tables), notes=context.notes)
 
@@ -351,7 +351,7 @@ def _tabulate(
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def _aggregate_rows(rows: Iterable[ScoreRow], tasks: Sequence[str]) -> list[ScoreRow]:
+def aggregate_rows(rows: Iterable[ScoreRow], tasks: Sequence[str]) -> list[ScoreRow]:
     """One aggregate per seed and training size; over fewer tasks than asked for, the note says which."""
     groups: dict[tuple[str, int, int], dict[str, ScoreRow]] = {}
     headline = [row for row in rows if row.metric == METRICS[0] and row.value is not None]

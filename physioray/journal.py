@@ -69,8 +69,8 @@ class Journal:
         for name in ("validation_loss", "learning_rate", "windows_per_second", "wait_share"):
             if record[name] is not None:
                 writer.add_scalar(f"train/{name}", record[name], step)
-        for part in ("loss_by_modality", "validation_loss_by_modality"):
-            for name, value in record[part].items():
+        for part in ("loss_by_modality", "validation_loss_by_modality", "watched"):
+            for name, value in record.get(part, {}).items():
                 writer.add_scalar(f"{part}/{name}", value, step)
         if record["pass"] == 1 and self.settings:
             writer.add_text("settings", "\n".join(f"    {key} = {value}" for key, value in self.settings.items()), 0)

@@ -11,21 +11,37 @@ from physioray.signals import LookupMiss
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A model and how it is pretrained."""
+    """A model, how it is pretrained, and how it is trained on a task (finetuned, or from scratch)."""
 
     model: ModelConfig
     objective: ReconstructionConfig = ReconstructionConfig()
     train: TrainConfig
+    finetune: TrainConfig
 
 
 PRESETS: Mapping[str, Preset] = {
     # Fang et al. 2024, sections 3.2 and 3.5. One pass over 1.52 million windows is 1,484 steps.
-    "paper": Preset(model=ModelConfig(), train=TrainConfig()),
+    "paper": Preset(
+        model=ModelConfig(),
+        train=TrainConfig(),
+        # 200 passes, the same rate for encoder and head, the weights with the lowest validation error.
+        finetune=TrainConfig(passes=200, batch_size=512, weight_decay=0.01, select="best"),
+    ),
     # For two cores and some thousand windows. No dropout: with it, losses would depend on the number of workers.
     "small": Preset(
         model=ModelConfig(width=128, layers=4, heads=4, dropout=0.0),
         train=TrainConfig(
             passes=25, batch_size=64, learning_rate=1e-3, warmup_passes=2, precision="fp32", checkpoint_minutes=2
+        ),
+        finetune=TrainConfig(
+            passes=10,
+            batch_size=64,
+            learning_rate=3e-4,
+            warmup_passes=1,
+            weight_decay=0.01,
+            precision="fp32",
+            checkpoint_minutes=2,
+            select="best",
         ),
     ),
     # For tests: a second on one core.
@@ -33,6 +49,16 @@ PRESETS: Mapping[str, Preset] = {
         model=ModelConfig(width=32, layers=2, heads=2, dropout=0.0, tokenizer_channels=8),
         train=TrainConfig(
             passes=3, batch_size=16, learning_rate=1e-3, warmup_passes=1, precision="fp32", checkpoint_minutes=2
+        ),
+        finetune=TrainConfig(
+            passes=3,
+            batch_size=16,
+            learning_rate=1e-3,
+            warmup_passes=1,
+            weight_decay=0.01,
+            precision="fp32",
+            checkpoint_minutes=2,
+            select="best",
         ),
     ),
 }

@@ -11,16 +11,35 @@ import torch
 from numpy.typing import NDArray
 
 from physioray.checkpoint import load_checkpoint
-from physioray.config import ModelConfig, ReconstructionConfig, TrainConfig, from_dict, list_assumptions, to_dict
+from physioray.config import (
+    ContrastiveConfig,
+    LateFusionConfig,
+    ModelConfig,
+    ReconstructionConfig,
+    TrainConfig,
+    list_assumptions,
+    to_dict,
+)
 from physioray.data.batches import Batch, BatchSource
 from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.gather import GatherSource
 from physioray.journal import Journal, Screen
-from physioray.models.fused import FusedEncoder, MaskedAutoencoder
-from physioray.objectives.reconstruction import MaskedReconstruction
+from physioray.models.fused import MaskedAutoencoder
 from physioray.presets import Preset
-from physioray.signals import PRETRAINING_SPLITS, Split, present_column
+from physioray.signals import PRETRAINING_SPLITS, LookupMiss, Split, present_column
 from physioray.storage import Location, StorageError, open_location
+from physioray.strategies import (
+    Encoder,
+    Model,
+    ModelSettings,
+    ObjectiveSettings,
+    Strategy,
+    build_model,
+    build_objective,
+    describe_settings,
+    name_strategy,
+    restore_settings,
+)
 from physioray.train import TrainResult, WorkerGroup, to_tensors, train
 
 MakeSource = Callable[..., BatchSource]
@@ -34,7 +53,7 @@ class PretrainJob:
     Attributes:
         cohort: path or URI of the cohort.
         out: path or URI of the run's folder; checkpoints go to `checkpoints/` in it.
-        model, objective, train: settings.
+        model, objective, train: settings; their kinds decide what is built.
         splits: whose windows are pretrained on, without their labels.
         keep_passes: after which passes the weights are kept, for the curve of scores against passes.
         threads: CPU threads of a worker; PyTorch's own choice if None.
@@ -42,8 +61,8 @@ class PretrainJob:
 
     cohort: str
     out: str
-    model: ModelConfig
-    objective: ReconstructionConfig = ReconstructionConfig()
+    model: ModelSettings
+    objective: ObjectiveSettings = ReconstructionConfig()
     train: TrainConfig
     splits: tuple[Split, ...] = PRETRAINING_SPLITS
     keep_passes: tuple[int, ...] = ()
@@ -55,9 +74,37 @@ class PretrainJob:
         values: dict[str, Any] = {"model": preset.model, "objective": preset.objective, "train": preset.train}
         return cls(cohort=cohort, out=out, **(values | changes))
 
+    @classmethod
+    def from_strategy(cls, strategy: Strategy, preset: Preset, *, cohort: str, out: str, **changes: Any) -> PretrainJob:
+        """A job of a strategy in a preset's sizes, for the modalities that the cohort holds.
+
+        Raises:
+            ValueError: the strategy does not pretrain.
+            LookupMiss: the cohort lacks a modality that the strategy needs.
+        """
+        if strategy.objective is None:
+            raise ValueError(f"A strategy must pretrain, but {strategy.name} starts from scratch. Use finetune.")
+        sizes = fit_modalities(preset.model, Cohort.open(cohort))
+        values: dict[str, Any] = {
+            "model": strategy.fit_model(sizes),
+            "objective": strategy.objective,
+            "train": strategy.fit_train(preset.train),
+        }
+        return cls(cohort=cohort, out=out, **(values | changes))
+
+    @property
+    def name(self) -> str:
+        """The strategy's name in result files."""
+        return name_strategy(self.model, self.objective)
+
     def describe(self) -> dict[str, Any]:
         """The job as plain JSON values, with the assumptions in force."""
-        return to_dict(self) | {"assumptions": list_assumptions(self.model, self.objective, self.train)}
+        return to_dict(self) | {
+            "strategy": self.name,
+            "model": describe_settings(self.model),
+            "objective": describe_settings(self.objective),
+            "assumptions": list_assumptions(self.model, self.objective, self.train),
+        }
 
 
 def choose_passes(passes: int) -> tuple[int, ...]:
@@ -106,6 +153,10 @@ def pretrain(
         "rank": group.rank,
         "world_size": group.world_size,
     }
+    objective = build_objective(job.objective)
+    contrasting = isinstance(job.objective, ContrastiveConfig)
+    if getattr(objective, "pairs", False):
+        shared["pairs"] = True
     source = make_source(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
     held_out = cohort.find_windows(splits=["validation"])
     validation = None
@@ -113,16 +164,25 @@ def pretrain(
         validation = make_source(cohort, find_pretraining_windows(cohort, ["validation"], names), **shared)
     journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
     if group.rank == 0:
-        (out / "config.json").write_json(job.describe() | {"cohort_fingerprint": cohort.fingerprint})
+        facts = {"cohort_fingerprint": cohort.fingerprint}
+        if getattr(source, "pairs_per_recording", None) is not None:
+            facts["pairs_per_recording"] = source.pairs_per_recording  # type: ignore[attr-defined]
+        (out / "config.json").write_json(job.describe() | facts)
     return train(
-        model=build_autoencoder(job.model, job.train.seed),
-        objective=MaskedReconstruction(job.objective),
+        model=build_model(job.model, job.train.seed),
+        objective=objective,
         source=source,
         validation=validation,
+        # Contrastive losses compare the windows of a batch, so validation must mix recordings as training does.
+        validate_mixed=contrasting,
         config=job.train,
         folder=out / "checkpoints",
         keep_passes=frozenset(job.keep_passes),
-        identity={"model": to_dict(job.model), "objective": to_dict(job.objective), "splits": list(job.splits)},
+        identity={
+            "model": describe_settings(job.model),
+            "objective": describe_settings(job.objective),
+            "splits": list(job.splits),
+        },
         reporter=journal,
         group=group,
         device=device,
@@ -131,19 +191,30 @@ def pretrain(
 
 def build_autoencoder(config: ModelConfig, seed: int) -> MaskedAutoencoder:
     """An untrained masked autoencoder; the same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MaskedAutoencoder(config)
+    model = build_model(config, seed)
+    assert isinstance(model, MaskedAutoencoder)
+    return model
 
 
-def load_autoencoder(place: Location, device: torch.device | str = "cpu") -> MaskedAutoencoder:
-    """The model of a checkpoint, in evaluation mode.
+def choose_checkpoint(folder: Location, train: TrainConfig) -> Location:
+    """The checkpoint that a finished run is judged by: the best one if that was asked for and there is one."""
+    best = folder / "best.pt"
+    return best if train.select == "best" and best.exists() else folder / "last.pt"
+
+
+def load_model(place: Location, device: torch.device | str = "cpu") -> Model:
+    """The pretrained model of a checkpoint, in evaluation mode, with what only pretraining needs.
 
     Raises:
-        StorageError: there is no checkpoint, or it is not that of a masked autoencoder.
+        StorageError: there is no checkpoint, or it is not that of a pretraining.
     """
     content = load_checkpoint(place, device)
-    model = MaskedAutoencoder(from_dict(ModelConfig, content["identity"]["model"]))
+    try:
+        settings = restore_settings(content["identity"].get("model", {}))
+    except LookupMiss as error:
+        raise StorageError(f"{place} must be the checkpoint of a pretraining, but: {error}") from error
+    assert isinstance(settings, ModelConfig | LateFusionConfig)
+    model = build_model(settings, 0)
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
@@ -151,8 +222,29 @@ def load_autoencoder(place: Location, device: torch.device | str = "cpu") -> Mas
     return model.to(device).eval()
 
 
+def load_encoder(place: Location, device: torch.device | str = "cpu") -> Encoder:
+    """The pretrained encoder of a checkpoint of any strategy, in evaluation mode; decoders and projections are left.
+
+    Raises:
+        StorageError: there is no checkpoint, or it is not that of a pretraining.
+    """
+    return load_model(place, device).encoder
+
+
+def load_autoencoder(place: Location, device: torch.device | str = "cpu") -> MaskedAutoencoder:
+    """The masked autoencoder of a checkpoint, in evaluation mode.
+
+    Raises:
+        StorageError: there is no checkpoint, or it is not that of a masked autoencoder.
+    """
+    model = load_model(place, device)
+    if not isinstance(model, MaskedAutoencoder):
+        raise StorageError(f"{place} must hold a masked autoencoder, but holds {type(model).__name__}.")
+    return model
+
+
 def make_encode(
-    encoder: FusedEncoder, modalities: dict[str, StoredModality], device: torch.device | str = "cpu"
+    encoder: Encoder, modalities: dict[str, StoredModality], device: torch.device | str = "cpu"
 ) -> Callable[[Batch], NDArray[np.float32]]:
     """A function from a batch to its embeddings `(B, features)`, encoder frozen."""
     encoder = encoder.to(device).eval()

@@ -19,8 +19,15 @@ PREDICTIONS_FILE = "predictions.parquet"
 
 CONVERGED = "probe_converged"
 RECIPE = "probe_recipe"
-EVALUATIONS = (CONVERGED, RECIPE)
-"""Ways to evaluate: the converged solver (headline) and the paper's recipe."""
+FINETUNE = "finetune"
+FROZEN = "frozen"
+SCRATCH = "scratch"
+PROBES = (CONVERGED, RECIPE)
+"""Probes on embeddings: the converged solver (headline) and the paper's recipe."""
+
+EVALUATIONS = (*PROBES, FINETUNE, FROZEN, SCRATCH)
+"""Ways to evaluate: the probes, and training on the task end to end, from a pretrained trunk that is trained on or
+frozen, or from scratch."""
 
 FEATURES = ("pretrained", "untrained", "band_powers")
 """What a probe may stand on, best known name first: the pretrained encoder and the two floors."""
@@ -36,7 +43,7 @@ class ScoreRow:
     """One score, with everything needed to know what it is a score of.
 
     Attributes:
-        pretraining: how the encoder was pretrained, for example `mae_drop`; `none` for floors.
+        pretraining: how the encoder was pretrained, for example `multimae_drop`; `none` for floors.
         evaluation: a name of `EVALUATIONS`.
         features: a name of `FEATURES`.
         task, metric: names of `signals.TASKS` and `metrics.METRICS`; both `aggregate` for the score over all tasks.

@@ -8,11 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from physioray.metrics import AGGREGATE, METRICS, find_metric
-from physioray.results import CONVERGED, CROSS_VALIDATION, EVALUATIONS, FEATURES, RECIPE, ScoreRow
+from physioray.results import (
+    CONVERGED,
+    CROSS_VALIDATION,
+    EVALUATIONS,
+    FEATURES,
+    FINETUNE,
+    FROZEN,
+    RECIPE,
+    SCRATCH,
+    ScoreRow,
+)
 from physioray.signals import TASKS, find_task
 
 FEATURE_TITLES = {"pretrained": "Pretrained encoder", "untrained": "Untrained encoder", "band_powers": "Band powers"}
-EVALUATION_TITLES = {CONVERGED: "converged probe", RECIPE: "paper's recipe"}
+EVALUATION_TITLES = {
+    CONVERGED: "converged probe",
+    RECIPE: "paper's recipe",
+    FINETUNE: "finetuned",
+    FROZEN: "trained with a frozen trunk",
+    SCRATCH: "trained from scratch",
+}
 
 PAPER_TITLE = "Fang et al. 2024, Table 1, pretrained on all modalities: other data (500 training subjects)"
 PAPER_SCORES: Mapping[str, tuple[float, float]] = {

@@ -18,15 +18,23 @@ from numpy.typing import NDArray
 from physioray import __version__
 from physioray.baselines import band_powers
 from physioray.compare import ComparisonError, compare_paired, state_chance, state_difference
-from physioray.config import ProbeConfig, hash_config
+from physioray.config import ProbeConfig, ReconstructionConfig, hash_config
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource, WindowReader
 from physioray.data.splits import Fold, SplitError, fold_subjects
 from physioray.embeddings import Embeddings, embed_windows
 from physioray.evaluate import Evaluation, evaluate_probe
 from physioray.journal import Screen
+from physioray.models.fused import MaskedAutoencoder
 from physioray.objectives.masking import draw_visible
-from physioray.pretrain import PretrainJob, find_pretraining_windows, load_autoencoder, make_encode
+from physioray.pretrain import (
+    PretrainJob,
+    choose_checkpoint,
+    find_pretraining_windows,
+    load_encoder,
+    load_model,
+    make_encode,
+)
 from physioray.results import (
     CONVERGED,
     PREDICTIONS_FILE,
@@ -156,15 +164,15 @@ class _Work:
             self.screen.say(text)
 
     def embed(self, source: GatherSource, checkpoint: str) -> Embeddings:
-        encoder = load_autoencoder(self.out / "checkpoints" / checkpoint, self.device).encoder
+        encoder = load_encoder(self.out / "checkpoints" / checkpoint, self.device)
         return embed_windows(make_encode(encoder, source.modalities, self.device), source.iterate_all())
 
 
 def _probe_features(work: _Work, source: GatherSource) -> dict[str, Evaluation]:
     """Probe the pretrained encoder and the two floors, with the same solver on the same folds."""
     job, out = work.job, work.out
-    chosen = "best.pt" if job.train.select == "best" and (out / "checkpoints" / "best.pt").exists() else "last.pt"
-    work.say(f"Embedding {len(source.window_ids):,} labelled windows, and describing them by band powers ...")
+    chosen = choose_checkpoint(out / "checkpoints", job.train).name
+    work.say(f"Embedding {len(source.plan.window_ids):,} labelled windows, and describing them by band powers ...")
     features = {
         "pretrained": work.embed(source, chosen),
         "untrained": work.embed(source, "pass-0000.pt"),
@@ -180,16 +188,11 @@ def _probe_features(work: _Work, source: GatherSource) -> dict[str, Evaluation]:
             work.cohort,
             work.probe,
             features=name,
-            pretraining=name_pretraining(job) if pretrained else "none",
+            pretraining=job.name if pretrained else "none",
             config_hash=hash_config(job.model, job.objective, job.train) if pretrained else "",
             folds=work.protocol.folds,
         )
     return evaluations
-
-
-def name_pretraining(job: PretrainJob) -> str:
-    """The arm's name in result files."""
-    return "mae_drop" if job.objective.mask.drop and job.objective.mask.drop_probability > 0 else "mae"
 
 
 def find_labelled_windows(cohort: Cohort, protocol: Protocol, modalities: Sequence[str]) -> NDArray[np.int64]:
@@ -327,7 +330,9 @@ def _write_reconstructions(
     out: Location, cohort: Cohort, job: PretrainJob, checkpoint: Location, device: torch.device | str
 ) -> None:
     """Some windows, what was visible of them and what the model made of the rest, with validation's masks."""
-    model = load_autoencoder(checkpoint, device)
+    model = load_model(checkpoint, device)
+    if not isinstance(model, MaskedAutoencoder) or not isinstance(job.objective, ReconstructionConfig):
+        return  # only masked autoencoders reconstruct
     candidates: tuple[Split, ...] = ("validation", "test", "train")
     held_out = [split for split in candidates if len(cohort.find_windows(splits=[split]))]
     splits = held_out[:1] or list(SPLITS)

@@ -21,7 +21,7 @@ from physioray.checkpoint import TrainState, check_identity, load_checkpoint, re
 from physioray.config import TrainConfig, to_dict
 from physioray.data.batches import Batch, BatchSource
 from physioray.data.cohort import StoredModality
-from physioray.objectives.loss import LossParts, combine_sums
+from physioray.objectives.loss import LossParts, average, combine_sums
 from physioray.storage import Location
 from physioray.tensors import VALIDATION_PASS, Draw, WindowTensors, move_array
 
@@ -75,6 +75,7 @@ def train(
     source: BatchSource,
     config: TrainConfig,
     validation: BatchSource | None = None,
+    validate_mixed: bool = False,
     folder: Location | None = None,
     keep_passes: frozenset[int] = frozenset(),
     identity: dict[str, Any] | None = None,
@@ -91,6 +92,7 @@ def train(
         model: trained in place; every worker must start from the same weights.
         objective: gives the loss parts of a batch.
         source, validation: this worker's batches.
+        validate_mixed: see `validate`.
         config: passes, batch size, schedule, precision.
         folder: for `last.pt`, `best.pt` (lowest validation loss) and `pass-NNNN.pt`; nothing is kept if None.
         keep_passes: after which passes a `pass-NNNN.pt` with the model alone is kept.
@@ -141,6 +143,7 @@ def train(
         names: list[str] = list(source.modalities)
         began = last_saved = time.monotonic()
         waited, windows = 0.0, 0
+        watched: dict[str, Tensor] = {}
         for batch, wait in _time_waits(source.iterate_pass(state.pass_number, state.step_in_pass)):
             # The random state of a step is a function of the step, so that a resumed run draws the same.
             torch.manual_seed(_step_seed(config.seed, state.step, group.rank))
@@ -149,6 +152,7 @@ def train(
             gradients.clear()
             with _autocast(device, config.precision):
                 parts = objective(model, to_tensors(batch, source.modalities, device), draw)
+            watched = {name: watched.get(name, 0) + value.detach() for name, value in parts.watched.items()}
             parts, names = _complete(parts, names)
             totals = group.add_up(parts.stack())
             scaler.scale(parts.combine(totals[1])).backward()
@@ -177,9 +181,10 @@ def train(
         state.seconds += time.monotonic() - last_saved
         state.pass_number, state.step_in_pass = state.pass_number + 1, 0
         record = _summarise_pass(state, names, parts.weighting, optimizer)
+        record |= {"watched": {name: _divide(group.add_up(value)) for name, value in watched.items()}}
         record |= {"windows_per_second": windows * group.world_size / elapsed, "wait_share": waited / elapsed}
         if validation is not None and (state.pass_number % config.validate_every == 0 or _is_last(state, config)):
-            record |= validate(model, objective, validation, config, group=group, device=device)
+            record |= validate(model, objective, validation, config, mixed=validate_mixed, group=group, device=device)
         state.history.append(record)
         state.partial = []
         if record.get("validation_loss") is not None and record["validation_loss"] < state.best:
@@ -200,10 +205,16 @@ def validate(
     source: BatchSource,
     config: TrainConfig,
     *,
+    mixed: bool = False,
     group: WorkerGroup | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """The loss on held-out windows, with the same masks every time it is asked.
+
+    Args:
+        model, objective, source, config, group, device: as for `train`.
+        mixed: take the windows in one fixed shuffled order, whole batches only, instead of in ascending order: for
+            losses that compare the windows of a batch.
 
     Returns:
         `validation_loss` and `validation_loss_by_modality`.
@@ -214,7 +225,7 @@ def validate(
     names = list(source.modalities)
     total = torch.zeros(2, len(names), device=device)
     weighting: Any = "part"
-    for step, batch in enumerate(source.iterate_all()):
+    for step, batch in enumerate(source.iterate_pass(VALIDATION_PASS) if mixed else source.iterate_all()):
         if len(batch) == 0:
             continue
         draw = Draw(seed=config.seed, pass_number=VALIDATION_PASS, step=step, rank=group.rank)
@@ -228,7 +239,7 @@ def validate(
         weighting = parts.weighting
     group.add_up(total)
     model.train(was_training)
-    means = (total[0] / total[1].clamp(min=1)).tolist()
+    means = average(total[0], total[1]).tolist()
     counted = (total[1] > 0).tolist()
     return {
         "validation_loss": float(combine_sums(total[0], total[1], weighting)),
@@ -348,7 +359,7 @@ def _summarise_pass(
     state: TrainState, names: list[str], weighting: Any, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     stacked = torch.stack([item.cpu() for item in state.partial]).sum(0)
-    means = (stacked[0] / stacked[1].clamp(min=1)).tolist()
+    means = average(stacked[0], stacked[1]).tolist()
     counted = (stacked[1] > 0).tolist()
     return {
         "pass": state.pass_number,
@@ -360,6 +371,11 @@ def _summarise_pass(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "seconds": state.seconds,
     }
+
+
+def _divide(total: Float[Tensor, "2"]) -> float:
+    """The mean from a sum and a count; 0 if nothing was counted."""
+    return float(total[0] / total[1].clamp(min=1))
 
 
 def _is_last(state: TrainState, config: TrainConfig) -> bool:

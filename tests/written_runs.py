@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from physioray.metrics import METRICS
-from physioray.results import EVALUATIONS, FEATURES, ScoreRow, prediction_schema, write_predictions, write_results
+from physioray.results import FEATURES, PROBES, ScoreRow, prediction_schema, write_predictions, write_results
 from physioray.signals import STAGES, find_task
 from physioray.storage import Location
 
@@ -21,7 +21,7 @@ def make_rows(*, tasks=("sleep", "age"), simulated=True, split="cross_validation
     common = {"cohort_fingerprint": "f" * 20, "simulated": simulated, "config_hash": "abc", "split": split}
     rows = []
     for features in FEATURES:
-        for evaluation in EVALUATIONS:
+        for evaluation in PROBES:
             line = common | {
                 "features": features,
                 "evaluation": evaluation,

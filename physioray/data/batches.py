@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int8, Int16, Int64
 
 from physioray.data.cohort import Cohort, StoredModality
+from physioray.data.pairs import count_pair_steps, find_runs, limit_pairs, order_pairs
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ class BatchSource(Protocol):
         ...
 
     def iterate_all(self) -> Iterator[Batch]:
-        """Every window of the source once, in ascending order, the last batch ragged."""
+        """Every window of the source once, in ascending order, the last batch ragged.
+
+        A source of pairs gives the pairs of one pass instead, the same ones every time.
+        """
         ...
 
 
@@ -107,7 +111,93 @@ def count_steps(windows: int, batch_size: int) -> int:
 
 
 def take_share(
-    order: Int64[np.ndarray, "n"], batch_size: int, step: int, rank: int, world_size: int
+    order: Int64[np.ndarray, "n"], batch_size: int, step: int, rank: int, world_size: int, together: int = 1
 ) -> Int64[np.ndarray, "b"]:
-    """Window ids of one worker at one step: every `world_size`-th row of the global batch."""
-    return order[step * batch_size : (step + 1) * batch_size][rank::world_size]
+    """Window ids of one worker at one step: every `world_size`-th row of the global batch.
+
+    Rows that belong `together`, 2 for pairs, go to the same worker.
+    """
+    return order[step * batch_size : (step + 1) * batch_size].reshape(-1, together)[rank::world_size].reshape(-1)
+
+
+class BatchPlan:
+    """Which windows one worker reads at every step; what `GatherSource` and `StreamSource` have in common.
+
+    Args:
+        cohort: the cohort.
+        window_ids: `(N,)` which windows.
+        batch_size: of the global batch, over all workers.
+        seed: of the order.
+        rank, world_size: this worker's number and the number of workers.
+        pairs: rows 2i and 2i + 1 of every batch, of every worker, are adjacent windows of one recording.
+
+    Attributes:
+        pairs_per_recording: the most pairs of one recording in a global batch; None without pairs.
+
+    Raises:
+        ValueError: there are fewer windows or pairs than workers, or the batch size is odd.
+        StorageError: no two windows are adjacent.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        window_ids: Int64[np.ndarray, "n"],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        pairs: bool,
+    ) -> None:
+        if len(window_ids) < world_size:
+            raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
+        self.cohort, self.window_ids = cohort, np.sort(np.asarray(window_ids, np.int64))
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.runs, self.pairs_per_recording = None, None
+        if not pairs:
+            return
+        if batch_size % 2:
+            raise ValueError(f"The batch size must be even for batches of pairs, but got {batch_size}.")
+        self.runs = find_runs(cohort, self.window_ids)
+        self.pairs_per_recording = limit_pairs(self.runs, batch_size)
+        each = count_pair_steps(self.runs, batch_size)[1]
+        if each < world_size:
+            raise ValueError(
+                f"A batch must have a pair for each of the {world_size} workers, but it has {each}. "
+                "Use fewer workers, larger batches, or more windows."
+            )
+
+    def count_steps(self) -> int:
+        """Steps of one training pass."""
+        if self.runs is not None:
+            return count_pair_steps(self.runs, self.batch_size)[0]
+        return count_steps(len(self.window_ids), self.batch_size)
+
+    def share_pass(self, number: int, first_step: int = 0) -> list[Int64[np.ndarray, "b"]]:
+        """This worker's window ids at every step of training pass `number`, from `first_step` on."""
+        if self.runs is not None:
+            order = order_pairs(self.runs, self.batch_size, self.seed, number)
+        else:
+            order = order_windows(self.cohort, self.window_ids, self.seed, number)
+        steps = range(first_step, self.count_steps())
+        together = 1 if self.runs is None else 2
+        return [take_share(order, self.batch_size, step, self.rank, self.world_size, together) for step in steps]
+
+    def share_all(self) -> list[Int64[np.ndarray, "b"]]:
+        """This worker's share of all windows, in batches that each worker has the same number of.
+
+        Ascending, the last batch ragged; a last batch with fewer windows than workers joins the one before, so
+        that no worker stands idle while others wait for it. With pairs, the batches of pass 0: pairs of one night
+        in ascending order would be compared with hardly anything but that night.
+        """
+        if self.runs is not None:
+            return self.share_pass(0)
+        total = len(self.window_ids)
+        starts = list(range(0, total, self.batch_size))
+        if len(starts) > 1 and total - starts[-1] < self.world_size:
+            starts.pop()
+        ends = [*starts[1:], total]
+        return [
+            self.window_ids[start:end][self.rank :: self.world_size] for start, end in zip(starts, ends, strict=True)
+        ]

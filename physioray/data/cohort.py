@@ -30,7 +30,10 @@ class StoredModality:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRecording:
-    """One recording's shard: `first` is the window id of its first row, `rows` the number of its windows."""
+    """One recording's shard: `first` is the window id of its first row, `rows` the number of its windows.
+
+    `discontinuities` are the times in seconds of the first samples after a jump.
+    """
 
     name: str
     index: int
@@ -40,6 +43,7 @@ class StoredRecording:
     file: str
     rows: int
     first: int
+    discontinuities: tuple[float, ...] = ()
 
 
 class Cohort:
@@ -82,6 +86,7 @@ class Cohort:
                     file=row["file"],
                     rows=row["rows"],
                     first=first,
+                    discontinuities=tuple(row["discontinuities"]),
                 )
             )
             first += row["rows"]

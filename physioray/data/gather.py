@@ -9,7 +9,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 from numpy.typing import NDArray
 
-from physioray.data.batches import Batch, count_steps, order_windows, take_share
+from physioray.data.batches import Batch, BatchPlan
 from physioray.data.cohort import Cohort, StoredModality, StoredRecording
 from physioray.signals import BATCH_ROWS, TASKS, label_column, present_column
 from physioray.storage import StorageError
@@ -101,6 +101,8 @@ class GatherSource:
         seed: of the order.
         modalities: which to read; all that the cohort holds if None.
         rank, world_size: this worker's number and the number of workers.
+        reader: to share between sources of one cohort.
+        pairs: rows 2i and 2i + 1 of every batch are adjacent windows of one recording; see BatchPlan.
     """
 
     def __init__(
@@ -114,26 +116,30 @@ class GatherSource:
         rank: int = 0,
         world_size: int = 1,
         reader: WindowReader | None = None,
+        pairs: bool = False,
     ) -> None:
-        if len(window_ids) < world_size:
-            raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
+        self.plan = BatchPlan(
+            cohort, window_ids, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, pairs=pairs
+        )
         self.reader = reader or WindowReader(cohort, modalities)
-        self.cohort, self.fingerprint = cohort, cohort.fingerprint
-        self.window_ids = np.sort(np.asarray(window_ids, np.int64))
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.fingerprint = cohort.fingerprint
         self.modalities: dict[str, StoredModality] = {name: cohort.modalities[name] for name in self.reader.names}
+
+    @property
+    def pairs_per_recording(self) -> int | None:
+        """The most pairs of one recording in a global batch; None without pairs."""
+        return self.plan.pairs_per_recording
 
     def count_steps(self) -> int:
         """Steps of one training pass."""
-        return count_steps(len(self.window_ids), self.batch_size)
+        return self.plan.count_steps()
 
     def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         """This worker's share of every global batch of training pass `number`, from `first_step` on."""
-        order = order_windows(self.cohort, self.window_ids, self.seed, number)
-        for step in range(first_step, self.count_steps()):
-            yield self.reader.read(take_share(order, self.batch_size, step, self.rank, self.world_size))
+        for share in self.plan.share_pass(number, first_step):
+            yield self.reader.read(share)
 
     def iterate_all(self) -> Iterator[Batch]:
-        """This worker's share of all windows, ascending; the last batch may be smaller, or empty for a worker."""
-        for start in range(0, len(self.window_ids), self.batch_size):
-            yield self.reader.read(self.window_ids[start : start + self.batch_size][self.rank :: self.world_size])
+        """This worker's share of all windows, the same every time; see BatchPlan.share_all."""
+        for share in self.plan.share_all():
+            yield self.reader.read(share)

@@ -17,7 +17,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from physioray.data.batches import Batch, count_steps, order_windows, take_share
+from physioray.data.batches import Batch, BatchPlan
 from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.gather import WindowReader
 from physioray.signals import TASKS, label_column, present_column
@@ -124,40 +124,44 @@ class StreamSource:
         modalities: Sequence[str] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        pairs: bool = False,
     ) -> None:
-        if len(window_ids) < world_size:
-            raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
+        self.plan = BatchPlan(
+            cohort, window_ids, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, pairs=pairs
+        )
         names = tuple(cohort.modalities) if modalities is None else tuple(modalities)
         self.cohort, self.fingerprint = cohort, cohort.fingerprint
-        self.window_ids = np.sort(np.asarray(window_ids, np.int64))
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.modalities: dict[str, StoredModality] = {name: cohort.modalities[name] for name in names}
+
+    @property
+    def pairs_per_recording(self) -> int | None:
+        """The most pairs of one recording in a global batch; None without pairs."""
+        return self.plan.pairs_per_recording
 
     def count_steps(self) -> int:
         """Steps of one training pass."""
-        return count_steps(len(self.window_ids), self.batch_size)
+        return self.plan.count_steps()
 
     def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
         """This worker's share of every global batch of training pass `number`, from `first_step` on."""
-        order = order_windows(self.cohort, self.window_ids, self.seed, number)
-        steps = range(first_step, self.count_steps())
-        return self._stream([take_share(order, self.batch_size, step, self.rank, self.world_size) for step in steps])
+        return self._stream(self.plan.share_pass(number, first_step))
 
     def iterate_all(self) -> Iterator[Batch]:
-        """This worker's share of all windows, ascending; the last batch may be smaller."""
-        starts = range(0, len(self.window_ids), self.batch_size)
-        shares = [self.window_ids[start : start + self.batch_size][self.rank :: self.world_size] for start in starts]
-        return self._stream([share for share in shares if len(share)])
+        """This worker's share of all windows, the same every time; see BatchPlan.share_all."""
+        return self._stream(self.plan.share_all())
 
     def _stream(self, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
         if not batches:
             return
         _keep_order()
         dataset = ray.data.read_datasource(_OrderedWindows(self.cohort, tuple(self.modalities), batches))
-        # Every batch but the last has the same size, so cutting the stream by that size gives back the batches.
-        tables = dataset.iter_batches(batch_size=len(batches[0]), batch_format="pyarrow", prefetch_batches=2)
-        for table, expected in zip(tables, batches, strict=True):
-            batch = _to_batch(table, tuple(self.modalities))
+        # Every batch but the last has the same size, so cutting the stream by that size gives back the batches,
+        # except that a last one which is larger comes in two pieces.
+        size = len(batches[0])
+        tables = iter(dataset.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2))
+        for expected in batches:
+            pieces = [next(tables) for _ in range(-(-len(expected) // size))]
+            batch = _to_batch(pa.concat_tables(pieces), tuple(self.modalities))
             if not np.array_equal(batch.window_id, expected):
                 raise RuntimeError("Ray Data must keep the order of windows, but changed it: report this as a bug.")
             yield batch

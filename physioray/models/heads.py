@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from physioray.config import ModelConfig
-from physioray.models.transformer import Block, CrossBlock, make_vector
+from physioray.models.transformer import Block, CrossBlock, initialise, make_vector
 
 
 class ReconstructionDecoder(nn.Module):
@@ -48,6 +50,67 @@ class ReconstructionDecoder(nn.Module):
 
 class LinearHead(nn.Linear):
     """One linear layer from an embedding to the classes of a task (Fang et al. 2024, section 3.4)."""
+
+
+@runtime_checkable
+class WindowEncoder(Protocol):
+    """Whatever makes one vector of a window: the fused transformer, or one encoder per modality."""
+
+    tokens: Mapping[str, int]
+
+    @property
+    def features(self) -> int:
+        """Size of an embedding."""
+        ...
+
+    def embed(
+        self, signals: Mapping[str, Float[Tensor, "b _"]], present: Mapping[str, Bool[Tensor, "b"]]
+    ) -> Float[Tensor, "b features"]:
+        """One vector per window."""
+        ...
+
+
+class Classifier(nn.Module):
+    """A trunk and a linear head: the trunk's normed tokens, averaged, are mapped to classes (section 3.4).
+
+    Args:
+        encoder: the trunk, pretrained or not; an nn.Module that is a WindowEncoder.
+        classes: of the task.
+        frozen: the trunk's weights get no gradient, and it stays in evaluation mode (no dropout), so that its
+            embeddings are those of the pretrained encoder throughout.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.frozen = encoder, frozen
+        self.head = LinearHead(self.find_trunk().features, classes)
+        initialise(self.head)
+        if frozen:
+            encoder.requires_grad_(False)
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Tokens of a window per modality."""
+        return self.find_trunk().tokens
+
+    def find_trunk(self) -> WindowEncoder:
+        """The encoder, as what makes embeddings."""
+        return cast(WindowEncoder, cast(Any, self.encoder))
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training or evaluation mode; a frozen trunk stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(
+        self, signals: Mapping[str, Float[Tensor, "b _"]], present: Mapping[str, Bool[Tensor, "b"]]
+    ) -> Float[Tensor, "b classes"]:
+        """Logits of every class, from all that was recorded in a window."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            embedding = self.find_trunk().embed(signals, present)
+        return self.head(embedding)
 
 
 def fill_queries(

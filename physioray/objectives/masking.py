@@ -6,18 +6,51 @@ The words: a token is `present` if its modality was recorded in that window; of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Bool, Float, Int64, UInt64
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from physioray.config import MaskConfig
 from physioray.tensors import Draw
 
 # Streams of the key, so that no two kinds of choice share their random numbers.
-_TOKENS, _MODALITIES = 1, 2
+_TOKENS, _MODALITIES, _SHARES, _SUBSETS = 1, 2, 3, 4
+
+_LAST = np.uint64(2**63)
+"""The place in the queue of what may not be visible: behind everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerCase:
+    """What a sampler chooses from.
+
+    Attributes:
+        available: `(B, modalities)`, True where a modality is present and was not dropped.
+        counts: `(modalities,)` tokens of each modality.
+        visible_count: `(B,)` how many tokens will be visible.
+        noise: `(B, tokens)` random numbers below 2^63, one per token, the modalities one after the other.
+        window_id, draw, config: key further choices.
+    """
+
+    available: Bool[np.ndarray, "b modalities"]
+    counts: Int64[np.ndarray, "modalities"]
+    visible_count: Int64[np.ndarray, "b"]
+    noise: UInt64[np.ndarray, "b tokens"]
+    window_id: Int64[np.ndarray, "b"]
+    draw: Draw
+    config: MaskConfig
+
+
+MaskSampler = Callable[[SamplerCase], UInt64[np.ndarray, "b tokens"]]
+"""Puts the tokens of every window in a queue `(B, tokens)`: those with the smallest numbers become visible.
+
+Whatever a sampler prefers, the count is exact: it is `draw_visible` that lets the first `visible_count` in.
+"""
 
 
 def draw_visible(
@@ -31,33 +64,113 @@ def draw_visible(
 
     The number of visible tokens is `(1 - hidden_ratio)` times the tokens of the window's present modalities,
     rounded, at least 1: with four modalities of 30 tokens and 0.7 it is 36 with and without drop. They are
-    drawn uniformly, without regard to modality. With `drop`, one present modality is hidden whole first (never
-    the only one present), and the visible tokens are drawn among the others.
+    drawn as `config.sampler` says, uniformly without regard to modality in the paper. With `drop`, one present
+    modality is hidden whole first, and the visible tokens are drawn among the others.
 
     Args:
         present: `(B,)` per modality.
         tokens: number of tokens of a window per modality.
         window_id: `(B,)` keys each window's own choice.
         draw: seed, pass, step and rank.
-        config: ratio and drop.
+        config: ratio, sampler and drop.
 
     Returns:
         `(B, tokens)` per modality, True where visible.
     """
     names = list(tokens)
     here = np.stack([present[name].numpy() for name in names], 1)  # (B, modalities)
-    counts = np.array([tokens[name] for name in names])
-    available = np.repeat(here, counts, axis=1)  # (B, all tokens)
-    visible_count = count_visible(available.sum(1), config.hidden_ratio)
-    if config.drop:
-        dropped = _draw_dropped(here, window_id, draw, config)
-        available = np.repeat(here & ~dropped, counts, axis=1)
+    counts = np.array([tokens[name] for name in names], np.int64)
+    visible_count = count_visible((here * counts).sum(1), config.hidden_ratio)
+    kept = here & ~_draw_dropped(here, window_id, draw, config) if config.drop else here
     noise = _hash(draw.seed, _TOKENS, draw.pass_number, window_id[:, None], np.arange(counts.sum())[None])
-    # The smallest numbers win; tokens that are not available come last.
-    noise = np.where(available, noise >> np.uint64(1), np.uint64(2**63))
-    rank = np.argsort(np.argsort(noise, axis=1, kind="stable"), axis=1, kind="stable")
+    case = SamplerCase(
+        available=kept,
+        counts=counts,
+        visible_count=visible_count,
+        noise=noise >> np.uint64(1),
+        window_id=window_id,
+        draw=draw,
+        config=config,
+    )
+    available = np.repeat(kept, counts, axis=1)  # (B, all tokens)
+    queue = np.where(available, SAMPLERS[config.sampler](case), _LAST)
+    rank = np.argsort(np.argsort(queue, axis=1, kind="stable"), axis=1, kind="stable")
     visible = torch.from_numpy((rank < visible_count[:, None]) & available)
     return dict(zip(names, visible.split(counts.tolist(), dim=1), strict=True))
+
+
+def _queue_uniformly(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
+    """Every available token alike, whatever its modality (Fang et al. 2024, section 3.3)."""
+    return case.noise
+
+
+def _queue_by_dirichlet(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
+    """Modalities by shares from a Dirichlet distribution, tokens of a modality alike (Bachmann et al. 2022, MultiMAE).
+
+    The k-th token of a modality with share p stands at (k + 1/2) / p: taking the first n of the queue is
+    Sainte-Lague's apportionment of n seats, so the total is exact and no modality gives more than it has.
+    """
+    places = np.arange(len(case.counts))[None]
+    level = _to_unit(_hash(case.draw.seed, _SHARES, case.draw.pass_number, case.window_id[:, None], places))
+    # Gamma variates, divided by their sum, are Dirichlet's; the queue needs them only up to a factor.
+    share = np.maximum(gammaincinv(case.config.concentration, level), 1e-290)
+    parts, first = [], 0
+    for number, count in enumerate(case.counts.tolist()):
+        noise = case.noise[:, first : first + count]
+        rank = np.argsort(np.argsort(noise, axis=1, kind="stable"), axis=1, kind="stable")
+        parts.append((rank + 0.5) / share[:, number : number + 1])
+        first += count
+    # The bits of positive floating-point numbers are ordered as the numbers are.
+    return np.ascontiguousarray(np.concatenate(parts, 1), np.float64).view(np.uint64)
+
+
+def _queue_subset(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
+    """Uniformly within a random part of the modalities: its size is drawn first, then its members.
+
+    A part with fewer tokens than are to be visible is enlarged by the next modality drawn until it has enough.
+    """
+    rows, modalities = case.available.shape
+    keys = case.window_id[:, None]
+    random = _hash(case.draw.seed, _SUBSETS, case.draw.pass_number, keys, np.arange(modalities + 1)[None])
+    order = np.argsort(np.where(case.available, random[:, :-1] >> np.uint64(1), _LAST), axis=1, kind="stable")
+    wanted = 1 + np.floor(_to_unit(random[:, -1]) * case.available.sum(1)).astype(np.int64)
+    sizes = np.take_along_axis(case.available * case.counts, order, axis=1)
+    before = np.cumsum(sizes, axis=1) - sizes  # tokens of the modalities drawn earlier
+    taken = (np.arange(modalities)[None] < wanted[:, None]) | (before < case.visible_count[:, None])
+    chosen = np.zeros((rows, modalities), bool)
+    np.put_along_axis(chosen, order, taken, axis=1)
+    return np.where(np.repeat(chosen, case.counts, axis=1), case.noise, _LAST)
+
+
+SAMPLERS: Mapping[str, MaskSampler] = {
+    "uniform": _queue_uniformly,
+    "dirichlet": _queue_by_dirichlet,
+    "subset": _queue_subset,
+}
+"""The samplers by the names that MaskConfig.sampler takes."""
+
+
+def check_visible(
+    visible: Mapping[str, Bool[Tensor, "..."]], present: Mapping[str, Bool[Tensor, "b"]], tokens: Mapping[str, int]
+) -> None:
+    """Refuse visible tokens that a caller chose and that do not fit the windows.
+
+    Raises:
+        ValueError: a modality is missing, a shape is wrong, an absent token is said to be visible, or a window has
+            no visible token.
+    """
+    if set(visible) != set(tokens):
+        raise ValueError(f"Visible tokens must be given for {', '.join(tokens)}, but were for {', '.join(visible)}.")
+    for name, count in tokens.items():
+        wanted, got = (len(present[name]), count), tuple(visible[name].shape)
+        if got != wanted:
+            raise ValueError(f"Visible tokens of {name} must have the shape {wanted}, but have {got}.")
+        absent = int((visible[name] & ~present[name][:, None]).sum())
+        if absent:
+            raise ValueError(f"Visible tokens must be present, but {absent} of {name} are absent. Leave them False.")
+    empty = int((~torch.cat(list(visible.values()), 1).any(1)).sum())
+    if empty:
+        raise ValueError(f"Every window must have a visible token, but {empty} have none.")
 
 
 def count_visible(present_tokens: Int64[np.ndarray, "b"], hidden_ratio: float) -> Int64[np.ndarray, "b"]:
@@ -91,12 +204,17 @@ def _draw_dropped(
     else:
         place, key = draw.step, np.full(rows, draw.rank if config.drop_scope == "rank" else 0)
     order = _hash(draw.seed, _MODALITIES, place, key[:, None], np.arange(modalities + 1)[None])
-    # The last column decides whether anything is dropped at all: 53 bits as a number in [0, 1).
-    happens = (order[:, -1] >> np.uint64(11)).astype(np.float64) / 2.0**53 < config.drop_probability
-    first = np.argmin(np.where(here, order[:, :-1] >> np.uint64(1), np.uint64(2**63)), axis=1)
+    # The last column decides whether anything is dropped at all.
+    happens = _to_unit(order[:, -1]) < config.drop_probability
+    first = np.argmin(np.where(here, order[:, :-1] >> np.uint64(1), _LAST), axis=1)
     dropped = np.zeros_like(here)
     dropped[np.arange(rows), first] = True
     return dropped & here & ((here.sum(1) > 1) & happens)[:, None]
+
+
+def _to_unit(bits: UInt64[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Random 64-bit numbers as numbers in [0, 1), 53 bits of each."""
+    return (bits >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 def _hash(seed: int, stream: int, place: int, *keys: Int64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:

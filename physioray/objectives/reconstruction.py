@@ -11,7 +11,7 @@ from torch import Tensor
 
 from physioray.config import ReconstructionConfig
 from physioray.objectives.loss import LossParts
-from physioray.objectives.masking import draw_visible, find_hidden
+from physioray.objectives.masking import check_visible, draw_visible, find_hidden
 from physioray.tensors import Draw, WindowTensors
 
 
@@ -37,9 +37,29 @@ class MaskedReconstruction:
     def __init__(self, config: ReconstructionConfig) -> None:
         self.config = config
 
-    def __call__(self, model: Reconstructor | Callable[..., object], windows: WindowTensors, draw: Draw) -> LossParts:
-        """Hide tokens as `draw` says, reconstruct, and measure the squared error on the hidden ones."""
-        visible = draw_visible(windows.present, model.tokens, windows.window_id, draw, self.config.mask)  # type: ignore[union-attr]
+    def __call__(
+        self,
+        model: Reconstructor | Callable[..., object],
+        windows: WindowTensors,
+        draw: Draw,
+        visible: Mapping[str, Bool[Tensor, "b _"]] | None = None,
+    ) -> LossParts:
+        """Hide tokens as `draw` says, reconstruct, and measure the squared error on the hidden ones.
+
+        Args:
+            model: fills in hidden tokens.
+            windows: with the modalities of the model at the least.
+            draw: keys the choice of tokens.
+            visible: `(B, tokens)` per modality of the model, instead of the drawn choice.
+
+        Raises:
+            ValueError: `visible` does not fit the windows.
+        """
+        tokens: Mapping[str, int] = model.tokens  # type: ignore[union-attr]
+        if visible is None:
+            visible = draw_visible(windows.present, tokens, windows.window_id, draw, self.config.mask)
+        else:
+            check_visible(visible, windows.present, tokens)
         outputs = model(windows.signals, visible, windows.present)
         return measure_reconstruction(outputs, windows.signals, find_hidden(windows.present, visible), self.config)  # type: ignore[arg-type]
 

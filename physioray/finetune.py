@@ -1,0 +1,363 @@
+"""Trains an encoder on a task with its labels: finetuned from a checkpoint, or from scratch; scored like a probe.
+
+The loop is that of pretraining (`train`), with another objective and a classifier around the trunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+
+from physioray.checkpoint import load_checkpoint
+from physioray.config import ProbeConfig, TrainConfig, hash_config, to_dict
+from physioray.data.cohort import Cohort
+from physioray.data.gather import GatherSource
+from physioray.data.splits import Fold
+from physioray.divisions import Plan, plan_folds, plan_holdout
+from physioray.evaluate import Evaluation, aggregate_rows
+from physioray.journal import Journal, Screen
+from physioray.metrics import METRICS, bootstrap_by_subject, explain_undefined, score_predictions
+from physioray.models.heads import Classifier
+from physioray.objectives.classification import WeightedCrossEntropy
+from physioray.pretrain import MakeSource, choose_checkpoint, find_pretraining_windows, load_encoder
+from physioray.probe import ProbeError, check_training, weigh_classes
+from physioray.results import FINETUNE, FROZEN, MOST_CLASSES, SCRATCH, ScoreRow, prediction_schema
+from physioray.signals import SPLITS, UNKNOWN, Task, find_task
+from physioray.storage import StorageError, hash_value, open_location
+from physioray.strategies import (
+    Encoder,
+    ModelSettings,
+    build_model,
+    describe_settings,
+    name_strategy,
+    restore_settings,
+)
+from physioray.train import WorkerGroup, to_tensors, train
+
+PREDICT_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneJob:
+    """One training on a task.
+
+    Attributes:
+        cohort: path or URI of the cohort.
+        out: path or URI of the folder; checkpoints go to `checkpoints/` in it.
+        task: a name of `signals.TASKS`.
+        checkpoint: path or URI of a pretraining's checkpoint; None trains from scratch.
+        model: settings of the untrained encoder, for training from scratch; else those of the checkpoint hold.
+        train: settings of the loop; its seed draws head and order (and the trunk, from scratch).
+        frozen: keep the trunk as it is and train the head alone.
+        class_weights: rare classes count as much as frequent ones.
+        fold: who trains, who chooses the weights, who is tested; the cohort's own splits if None.
+        threads: CPU threads; PyTorch's own choice if None.
+    """
+
+    cohort: str
+    out: str
+    task: str
+    checkpoint: str | None = None
+    model: ModelSettings | None = None
+    train: TrainConfig
+    frozen: bool = False
+    class_weights: bool = True
+    fold: Fold | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.model is None):
+            raise ValueError(
+                "FinetuneJob must have either a checkpoint (finetuning) or a model (from scratch), "
+                f"but got checkpoint={self.checkpoint!r} and model={self.model!r}."
+            )
+        if self.frozen and self.checkpoint is None:
+            raise ValueError("FinetuneJob.frozen must come with a checkpoint, but there is none to freeze.")
+        find_task(self.task)
+
+    @property
+    def evaluation(self) -> str:
+        """A name of `results.EVALUATIONS`."""
+        if self.checkpoint is None:
+            return SCRATCH
+        return FROZEN if self.frozen else FINETUNE
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What a training on a task leaves.
+
+    Attributes:
+        window_id: `(n,)` windows of the test subjects with a known label.
+        probabilities: `(n, classes)` of their classes.
+        history: one record per pass, see `train`.
+        training_subjects: people with a labelled training window.
+        pretraining: name of the strategy.
+    """
+
+    window_id: Int64[np.ndarray, "n"]
+    probabilities: Float[np.ndarray, "n classes"]
+    history: list[dict[str, Any]]
+    training_subjects: int
+    pretraining: str
+
+
+def finetune(
+    job: FinetuneJob,
+    *,
+    make_source: MakeSource = GatherSource,
+    group: WorkerGroup | None = None,
+    device: torch.device | str = "cpu",
+    screen: Screen | None = None,
+) -> FinetuneResult:
+    """Train on a task in this process, or take it up where it stopped, and classify the test subjects' windows.
+
+    The weights of the lowest validation loss are used, or the last ones (`train.select`).
+
+    Raises:
+        ProbeError: the training subjects have no labelled window, or all are of one class.
+        StorageError: there is no such checkpoint.
+    """
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    group = group or WorkerGroup()
+    cohort, out, task = Cohort.open(job.cohort), open_location(job.out), find_task(job.task)
+    encoder, pretrained = _open_trunk(job)
+    names = tuple(encoder.tokens)
+    windows = _divide_windows(cohort, job, names)
+    labels = cohort.read_labels(task.name)[windows["train"]]
+    check_training(labels, len(task.classes))
+    weights = weigh_classes(labels, len(task.classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.train.seed)
+        model = Classifier(encoder, len(task.classes), frozen=job.frozen)
+    shared = {
+        "batch_size": job.train.batch_size,
+        "seed": job.train.seed,
+        "modalities": names,
+        "rank": group.rank,
+        "world_size": group.world_size,
+    }
+    held_out = windows["validation"]
+    result = train(
+        model=model,
+        objective=WeightedCrossEntropy(task.name, (weights if job.class_weights else (weights > 0)).tolist()),
+        source=make_source(cohort, windows["train"], **shared),
+        validation=make_source(cohort, held_out, **shared) if len(held_out) >= group.world_size else None,
+        config=job.train,
+        folder=out / "checkpoints",
+        identity=_identify(job, windows, pretrained),
+        reporter=Journal(out, job.train.passes, None, screen),
+        group=group,
+        device=device,
+    )
+    group.add_up(torch.zeros(1, device=device))  # the first worker's last checkpoint stands before anyone reads it
+    best = load_checkpoint(choose_checkpoint(out / "checkpoints", job.train), device)
+    model.load_state_dict(best["model"])
+    test = windows["test"]
+    return FinetuneResult(
+        window_id=test,
+        probabilities=classify_windows(model, cohort, test, device),
+        history=result.history,
+        training_subjects=len(_list_owners(cohort, windows["train"])),
+        pretraining=pretrained["strategy"],
+    )
+
+
+@torch.inference_mode()
+def classify_windows(
+    model: Classifier, cohort: Cohort, window_ids: NDArray[np.int64], device: torch.device | str = "cpu"
+) -> Float[np.ndarray, "n classes"]:
+    """Probabilities of the classes `(n, classes)` of some windows, the model in evaluation mode."""
+    model.to(device).eval()
+    parts = [np.empty((0, model.head.out_features), np.float64)]
+    if len(window_ids):
+        source = GatherSource(cohort, window_ids, batch_size=PREDICT_BATCH, modalities=tuple(model.tokens))
+        for batch in source.iterate_all():
+            windows = to_tensors(batch, source.modalities, device)
+            parts.append(model(windows.signals, windows.present).double().softmax(1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def evaluate_finetuning(
+    job: FinetuneJob,
+    config: ProbeConfig,
+    *,
+    folds: Mapping[int, Sequence[Fold]] | None = None,
+    subsets: Mapping[int, Sequence[str]] | None = None,
+    device: torch.device | str = "cpu",
+    screen: Screen | None = None,
+) -> Evaluation:
+    """Train on every task, seed and fold, and score the test subjects; what is finished is not trained again.
+
+    Args:
+        job: what to train; task, fold, seed and folder are filled in here.
+        config: tasks, seeds and bootstrap draws.
+        folds, subsets: as for `evaluate_probe`.
+        device, screen: as for `finetune`.
+    """
+    cohort = Cohort.open(job.cohort)
+    notes: list[str] = []
+    plans = plan_folds(folds) if folds is not None else plan_holdout(cohort, subsets, config.seeds, notes.append)
+    rows: list[ScoreRow] = []
+    tables: list[pa.Table] = []
+    for name in config.tasks:
+        task = find_task(name)
+        for plan in plans:
+            found = []
+            for number, fold in enumerate(plan.folds):
+                place = f"{job.out}/{name}/subjects-{len(fold.train)}-seed-{plan.seed}-fold-{number}"
+                settings = replace(job.train, seed=plan.seed)
+                one = replace(job, task=name, fold=fold, train=settings, out=place)
+                try:
+                    found.append(finetune(one, device=device, screen=screen))
+                except ProbeError as error:
+                    notes.append(f"{task.title}, seed {plan.seed}, fold {number + 1}: left out. {error}")
+            if sum(len(item.window_id) for item in found):
+                scores, table = _score(job, cohort, config, task, plan, found)
+                rows += scores
+                tables += [table] if plan.largest else []
+            else:
+                notes.append(f"{task.title}, seed {plan.seed}: no window could be trained on and tested.")
+    rows += aggregate_rows(rows, config.tasks)
+    predictions = pa.concat_tables(tables or [prediction_schema().empty_table()])
+    return Evaluation(scores=rows, predictions=predictions, notes=list(dict.fromkeys(notes)))
+
+
+def _open_trunk(job: FinetuneJob) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder to start from, and what it is: part of the identity of the run."""
+    if job.checkpoint is None:
+        assert job.model is not None
+        encoder = build_model(job.model, job.train.seed).encoder
+        return encoder.train(), {"strategy": name_strategy(job.model, None), "model": describe_settings(job.model)}
+    place = open_location(job.checkpoint)
+    encoder = load_encoder(place)
+    content = load_checkpoint(place)
+    settings = [restore_settings(content["identity"][part]) for part in ("model", "objective")]
+    known = {"strategy": name_strategy(settings[0], settings[1]), "model": content["identity"]["model"]}  # type: ignore[arg-type]
+    return encoder, known | {"checkpoint": hashlib.sha256(place.read_bytes()).hexdigest()[:16]}
+
+
+def _identify(
+    job: FinetuneJob, windows: Mapping[str, NDArray[np.int64]], pretrained: Mapping[str, Any]
+) -> dict[str, Any]:
+    chosen = {part: hash_value(windows[part].tolist()) for part in ("train", "validation")}
+    return {
+        "task": job.task,
+        "evaluation": job.evaluation,
+        "class_weights": job.class_weights,
+        "trunk": dict(pretrained),
+        "windows": chosen,
+    }
+
+
+def _divide_windows(cohort: Cohort, job: FinetuneJob, modalities: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Windows of training, validation and test subjects: those with a known label and one of the modalities."""
+    labels = cohort.read_labels(job.task)
+    usable = find_pretraining_windows(cohort, SPLITS, modalities)
+    usable = usable[labels[usable] != UNKNOWN]
+    if job.fold is None:
+        theirs = {part: cohort.find_windows(splits=[part]) for part in ("train", "validation", "test")}
+    else:
+        fold = job.fold
+        theirs = {part: cohort.find_windows(subjects=getattr(fold, part)) for part in ("train", "validation", "test")}
+        shared = (set(fold.train) & set(fold.validation)) | (set(fold.test) & {*fold.train, *fold.validation})
+        if shared:
+            raise StorageError(f"A subject must stand in one part of a fold, but {sorted(shared)[:5]} stand in two.")
+    return {part: np.intersect1d(ids, usable) for part, ids in theirs.items()}
+
+
+def _list_owners(cohort: Cohort, window_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Subject numbers that some windows belong to."""
+    subject = np.array([item.subject_index for item in cohort.recordings], np.int64)
+    return np.unique(subject[cohort.locate(window_ids)[0]])
+
+
+def _score(
+    job: FinetuneJob,
+    cohort: Cohort,
+    config: ProbeConfig,
+    task: Task,
+    plan: Plan,
+    found: Sequence[FinetuneResult],
+) -> tuple[list[ScoreRow], pa.Table]:
+    """Scores and predictions of one plan: the folds' test windows together."""
+    ids = np.concatenate([item.window_id for item in found])
+    probabilities = np.concatenate([item.probabilities for item in found])
+    order = np.argsort(ids)
+    ids, probabilities = ids[order], probabilities[order]
+    true, predicted = cohort.read_labels(task.name)[ids], probabilities.argmax(1)
+    recording = cohort.locate(ids)[0]
+    subject = np.array([item.subject_index for item in cohort.recordings], np.int64)[recording]
+    scores = score_predictions(task, true, predicted, probabilities)
+    intervals = bootstrap_by_subject(task, true, predicted, probabilities, subject, config.bootstrap_draws, seed=0)
+    reasons = explain_undefined(task, true, predicted)
+    features = "untrained" if job.evaluation == SCRATCH else "pretrained"
+    rows = []
+    for metric in METRICS:
+        bounds = intervals[metric] if scores[metric] is not None else None
+        rows.append(
+            ScoreRow(
+                pretraining=found[0].pretraining,
+                evaluation=job.evaluation,
+                features=features,
+                task=task.name,
+                split=plan.split,
+                metric=metric,
+                value=scores[metric],
+                low=bounds[0] if bounds else None,
+                high=bounds[1] if bounds else None,
+                seed=plan.seed,
+                training_subjects=round(float(np.mean([item.training_subjects for item in found]))),
+                windows=len(ids),
+                subjects=len(np.unique(subject)),
+                cohort_fingerprint=cohort.fingerprint,
+                simulated=cohort.simulated,
+                config_hash=hash_config(replace(job.train, seed=0)),
+                note=reasons.get(metric, ""),
+            )
+        )
+    common = {"task": task.name, "features": features, "evaluation": job.evaluation, "split": plan.split}
+    return rows, _tabulate(cohort, ids, true, predicted, probabilities, common, plan.seed)
+
+
+def _tabulate(
+    cohort: Cohort,
+    ids: NDArray[np.int64],
+    true: NDArray[np.int8],
+    predicted: NDArray[np.int64],
+    probabilities: Float[np.ndarray, "n classes"],
+    common: Mapping[str, str],
+    seed: int,
+) -> pa.Table:
+    owners = [cohort.recordings[number] for number in cohort.locate(ids)[0]]
+    columns: dict[str, object] = {
+        "recording": [item.name for item in owners],
+        "subject": [item.subject for item in owners],
+        "window_id": ids,
+        "window": cohort.read_column("window")[ids],
+        "start": cohort.read_column("start")[ids],
+        "true": true,
+        "predicted": predicted.astype(np.int8),
+        "seed": np.full(len(ids), seed, np.int64),
+    }
+    for number in range(MOST_CLASSES):
+        known = number < probabilities.shape[1]
+        columns[f"p{number}"] = probabilities[:, number].astype(np.float32) if known else [None] * len(ids)
+    columns |= {name: [text] * len(ids) for name, text in common.items()}
+    schema = prediction_schema()
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def describe_finetuning(job: FinetuneJob) -> dict[str, Any]:
+    """The job as plain JSON values."""
+    model = None if job.model is None else describe_settings(job.model)
+    return to_dict(job) | {"model": model, "evaluation": job.evaluation}

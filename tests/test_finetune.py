@@ -1,0 +1,215 @@
+"""Training on a task, from a checkpoint or from scratch, in the loop of pretraining."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from physioray.checkpoint import load_checkpoint
+from physioray.config import ProbeConfig
+from physioray.data.cohort import Cohort
+from physioray.data.gather import GatherSource
+from physioray.data.splits import Fold
+from physioray.finetune import FinetuneJob, classify_windows, evaluate_finetuning, finetune
+from physioray.models.heads import Classifier
+from physioray.presets import PRESETS, find_preset
+from physioray.pretrain import PretrainJob, load_encoder, make_encode, pretrain
+from physioray.probe import ProbeError, weigh_classes
+from physioray.results import read_results, write_results
+from physioray.score_tables import tabulate_headline
+from physioray.storage import StorageError, open_location
+from physioray.strategies import find_strategy
+from tests.written_cohorts import write_cohort
+
+TINY = find_preset("tiny")
+DROPOUT = replace(TINY.model, dropout=0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return write_cohort(tmp_path_factory.mktemp("cohort"), [30, 40, 22, 18, 20, 24], absent={"emg": 0.3, "ecg": 0.2})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("pretrained")
+    preset = replace(TINY, model=DROPOUT, train=replace(TINY.train, passes=1))
+    pretrain(
+        PretrainJob.from_strategy(find_strategy("multimae_drop"), preset, cohort=str(cohort.location), out=str(out))
+    )
+    return str(out / "checkpoints" / "last.pt")
+
+
+def make_job(cohort: Cohort, out: Path, **changes: object) -> FinetuneJob:
+    train = replace(TINY.finetune, **changes.pop("train", {}))  # type: ignore[arg-type]
+    if "checkpoint" not in changes:
+        changes["model"] = changes.get("model", TINY.model)
+    values = {"cohort": str(cohort.location), "out": str(out), "task": "sleep", "train": train, "threads": 1} | changes
+    return FinetuneJob(**values)  # type: ignore[arg-type]
+
+
+def weights_of(out: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return load_checkpoint(open_location(out / "checkpoints") / name)["model"]
+
+
+def test_a_frozen_trunk_stays_bit_for_bit_and_embeds_without_dropout(
+    cohort: Cohort, checkpoint: str, tmp_path: Path
+) -> None:
+    finetune(make_job(cohort, tmp_path, checkpoint=checkpoint, frozen=True))
+    encoder, after = load_encoder(open_location(checkpoint)), weights_of(tmp_path)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(after[f"encoder.{name}"], value), name
+    start = Classifier(encoder, 5, frozen=True).train()
+    assert start.training and not any(module.training for module in encoder.modules())
+    signals = {name: torch.randn(2, 3000) for name in encoder.tokens}
+    present = {name: torch.ones(2, dtype=torch.bool) for name in encoder.tokens}
+    assert torch.equal(start(signals, present), start(signals, present))
+    start(signals, present).sum().backward()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert start.head.weight.grad is not None
+
+
+def test_the_head_on_a_frozen_trunk_is_that_on_cached_embeddings(
+    cohort: Cohort, checkpoint: str, tmp_path: Path
+) -> None:
+    result = finetune(make_job(cohort, tmp_path, checkpoint=checkpoint, frozen=True))
+    encoder, weights = load_encoder(open_location(checkpoint)), weights_of(tmp_path, "best.pt")
+    source = GatherSource(cohort, result.window_id, batch_size=7)
+    vectors = np.concatenate([make_encode(encoder, cohort.modalities)(batch) for batch in source.iterate_all()])
+    logits = vectors.astype(np.float64) @ weights["head.weight"].double().numpy().T + weights["head.bias"].numpy()
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-4)
+
+
+def test_a_thawed_trunk_starts_at_the_checkpoint_and_is_trained(
+    cohort: Cohort, checkpoint: str, tmp_path: Path
+) -> None:
+    finetune(make_job(cohort, tmp_path, checkpoint=checkpoint, train={"passes": 1, "learning_rate": 1e-7}))
+    encoder, after = load_encoder(open_location(checkpoint)).state_dict(), weights_of(tmp_path)
+    moved = [float((after[f"encoder.{name}"] - value).abs().max()) for name, value in encoder.items()]
+    assert 0 < max(moved) < 1e-5
+
+
+def test_training_from_scratch_learns_the_stage_from_the_amplitude(cohort: Cohort, tmp_path: Path) -> None:
+    result = finetune(make_job(cohort, tmp_path, train={"passes": 12, "learning_rate": 3e-3}))
+    losses = [record["loss"] for record in result.history]
+    assert losses[-1] < 0.8 * losses[0]
+    true = cohort.read_labels("sleep")[result.window_id]
+    recall = [float((result.probabilities.argmax(1)[true == c] == c).mean()) for c in range(5) if (true == c).any()]
+    assert np.mean(recall) > 0.35
+
+
+def test_only_labelled_windows_of_the_right_people_are_used(cohort: Cohort, tmp_path: Path) -> None:
+    fold = Fold(train=("rec000", "rec001"), validation=("rec002",), test=("rec003", "rec005"))
+    result = finetune(make_job(cohort, tmp_path, fold=fold, train={"passes": 1}))
+    assert np.array_equal(result.window_id, cohort.find_windows(subjects=fold.test)) and result.training_subjects == 2
+    assert result.probabilities.shape == (len(result.window_id), 5)
+    np.testing.assert_allclose(result.probabilities.sum(1), 1)
+    identity = load_checkpoint(open_location(tmp_path / "checkpoints") / "last.pt")["identity"]
+    assert identity["task"] == "sleep" and identity["evaluation"] == "scratch"
+
+
+def test_class_weights_are_n_over_classes_times_count_of_the_training_windows(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from physioray import finetune as room
+
+    seen = []
+
+    class Recorded(room.WeightedCrossEntropy):
+        def __init__(self, task: str, weights: list[float]) -> None:
+            seen.append(weights)
+            super().__init__(task, weights)
+
+    monkeypatch.setattr(room, "WeightedCrossEntropy", Recorded)
+    fold = Fold(train=("rec001",), validation=("rec002",), test=("rec003",))
+    finetune(make_job(cohort, tmp_path / "a", fold=fold, train={"passes": 1}))
+    finetune(make_job(cohort, tmp_path / "b", fold=fold, train={"passes": 1}, class_weights=False))
+    labels = cohort.read_labels("sleep")[cohort.find_windows(subjects=["rec001"])]
+    counts = np.bincount(labels, minlength=5)
+    np.testing.assert_allclose(seen[0], [len(labels) / (5 * count) for count in counts])
+    np.testing.assert_allclose(seen[0], weigh_classes(labels, 5))
+    assert seen[1] == [True] * 5
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_used_and_resuming_changes_nothing(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    job = make_job(cohort, tmp_path, train={"passes": 6, "learning_rate": 0.02})
+    first, again = finetune(job), finetune(job)
+    np.testing.assert_array_equal(first.probabilities, again.probabilities)
+    held_out = [record["validation_loss"] for record in first.history]
+    best = load_checkpoint(open_location(tmp_path / "checkpoints") / "best.pt")
+    assert best["state"]["pass_number"] == 1 + int(np.argmin(held_out))
+    model = Classifier(load_encoder_of(best), 5)
+    model.load_state_dict(best["model"])
+    np.testing.assert_allclose(classify_windows(model, cohort, first.window_id), first.probabilities)
+    with pytest.raises(StorageError, match="its task is 'sleep' and not 'arousal'"):
+        finetune(replace(job, task="arousal"))
+
+
+def load_encoder_of(content: dict) -> torch.nn.Module:
+    from physioray.strategies import build_model, restore_settings
+
+    return build_model(restore_settings(content["identity"]["trunk"]["model"]), 0).encoder  # type: ignore[arg-type]
+
+
+def test_people_without_a_label_or_of_one_class_are_a_clear_error(cohort: Cohort, tmp_path: Path) -> None:
+    alone = Fold(train=("rec000",), validation=(), test=("rec001",))
+    with pytest.raises(ProbeError, match="at least two classes"):
+        finetune(make_job(cohort, tmp_path, task="age", fold=alone))
+
+
+def test_a_subject_in_two_parts_of_a_fold_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    fold = Fold(train=("rec000", "rec001"), validation=("rec001",), test=("rec002",))
+    with pytest.raises(StorageError, match="rec001"):
+        finetune(make_job(cohort, tmp_path, fold=fold))
+
+
+def test_a_job_is_either_from_a_checkpoint_or_from_scratch(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="either a checkpoint"):
+        make_job(cohort, tmp_path, checkpoint="x.pt", model=TINY.model)
+    with pytest.raises(ValueError, match="none to freeze"):
+        make_job(cohort, tmp_path, frozen=True)
+
+
+@pytest.mark.parametrize("strategy", ["scratch", "scratch_ecg"])
+def test_folds_are_scored_together_and_stand_in_the_tables(cohort: Cohort, tmp_path: Path, strategy: str) -> None:
+    names = cohort.subjects
+    folds = {
+        seed: [
+            Fold(train=names[2:5], validation=(names[5],), test=names[:2]),
+            Fold(train=names[:2], validation=(names[5],), test=names[2:5]),
+        ]
+        for seed in (0, 1)
+    }
+    model = find_strategy(strategy).fit_model(TINY.model)
+    job = make_job(cohort, tmp_path, model=model, train={"passes": 1})
+    found = evaluate_finetuning(job, ProbeConfig(tasks=("sleep", "age"), bootstrap_draws=20), folds=folds)
+    balanced = [row for row in found.scores if row.metric == "balanced_accuracy" and row.task == "sleep"]
+    assert [(row.seed, row.evaluation, row.pretraining, row.features) for row in balanced] == [
+        (seed, "scratch", strategy, "untrained") for seed in (0, 1)
+    ]
+    assert balanced[0].windows == found.predictions.filter(_is("sleep", 0)).num_rows
+    assert any(row.task == "aggregate" for row in found.scores)
+    write_results(open_location(tmp_path / "results.jsonl"), found.scores)
+    table = tabulate_headline(read_results(open_location(tmp_path / "results.jsonl")))
+    assert [(row.title, row.subtitle) for row in table.rows] == [("Untrained encoder", "trained from scratch")]
+
+
+def _is(task: str, seed: int) -> object:
+    import pyarrow.compute as pc
+
+    return (pc.field("task") == task) & (pc.field("seed") == seed)
+
+
+def test_the_papers_recipe_has_200_passes_and_takes_the_lowest_validation_error() -> None:
+    paper = PRESETS["paper"].finetune
+    assert (paper.passes, paper.learning_rate, paper.warmup_passes, paper.select) == (200, 1e-4, 10, "best")
