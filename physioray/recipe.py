@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,10 @@ EVALUATIONS = 100
 
 CHUNK = 50
 """Steps whose rows are drawn at once."""
+
+
+SMALL_STEP = 8_000_000
+"""Gathered features of a step (heads x batch x features) below which one thread does the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,8 @@ def fit_recipe(
     # A common standardisation first: then each head's own is a small correction, safe in single precision.
     shift, stretch = standardise(features)
     stack = _stack_problems(((features - shift) / stretch).astype(np.float32), problems, config)
-    weight, bias = _descend(stack, problems, config)
+    with _limit_threads(len(problems) * config.recipe_batch_size * features.shape[1]):
+        weight, bias = _descend(stack, problems, config)
     return [
         _unstack(stack, number, weight, bias, (shift, stretch), problem.classes)
         for number, problem in enumerate(problems)
@@ -146,6 +152,17 @@ def _stack_problems(
         mean=torch.from_numpy(np.stack([mean for mean, _ in chosen]).astype(np.float32))[:, None, :],
         scale=torch.from_numpy(np.stack([scale for _, scale in chosen]).astype(np.float32))[:, None, :],
     )
+
+
+@contextmanager
+def _limit_threads(cells: int) -> Iterator[None]:
+    """One thread where a step's gathered features `cells` are few: two gain little, and on a busy machine lose all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if cells < SMALL_STEP else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _descend(stack: _Stack, problems: Sequence[RecipeProblem], config: ProbeConfig) -> tuple[Tensor, Tensor]:
