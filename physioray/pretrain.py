@@ -158,10 +158,9 @@ def pretrain(
     if getattr(objective, "pairs", False):
         shared["pairs"] = True
     source = make_source(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
-    held_out = cohort.find_windows(splits=["validation"])
-    validation = None
-    if "validation" not in job.splits and len(held_out) >= group.world_size:
-        validation = make_source(cohort, find_pretraining_windows(cohort, ["validation"], names), **shared)
+    validation = None if "validation" in job.splits else _make_validation(cohort, names, make_source, shared)
+    if validation is None and screen is not None and group.rank == 0:
+        screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
     journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
     if group.rank == 0:
         facts = {"cohort_fingerprint": cohort.fingerprint}
@@ -187,6 +186,16 @@ def pretrain(
         group=group,
         device=device,
     )
+
+
+def _make_validation(
+    cohort: Cohort, names: Sequence[str], make_source: MakeSource, shared: dict[str, Any]
+) -> BatchSource | None:
+    """The validation subjects' batches; None where they have too little, which must not stop a pretraining."""
+    try:
+        return make_source(cohort, find_pretraining_windows(cohort, ["validation"], names), **shared)
+    except (StorageError, ValueError):
+        return None
 
 
 def build_autoencoder(config: ModelConfig, seed: int) -> MaskedAutoencoder:

@@ -152,6 +152,8 @@ class BatchPlan:
     ) -> None:
         if len(window_ids) < world_size:
             raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
+        if batch_size < world_size:
+            raise ValueError(f"A global batch must have a window for each of {world_size} workers, got {batch_size}.")
         self.cohort, self.window_ids = cohort, np.sort(np.asarray(window_ids, np.int64))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.runs, self.pairs_per_recording = None, None
