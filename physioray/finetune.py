@@ -99,6 +99,7 @@ class FinetuneResult:
         window_id: `(n,)` windows of the test subjects with a known label.
         probabilities: `(n, classes)` of their classes.
         history: one record per pass, see `train`.
+        step_losses: of the passes that this call has run.
         training_subjects: people with a labelled training window.
         pretraining: name of the strategy.
     """
@@ -106,6 +107,7 @@ class FinetuneResult:
     window_id: Int64[np.ndarray, "n"]
     probabilities: Float[np.ndarray, "n classes"]
     history: list[dict[str, Any]]
+    step_losses: list[float]
     training_subjects: int
     pretraining: str
 
@@ -167,6 +169,7 @@ def finetune(
         window_id=test,
         probabilities=classify_windows(model, cohort, test, device),
         history=result.history,
+        step_losses=result.step_losses,
         training_subjects=len(_list_owners(cohort, windows["train"])),
         pretraining=pretrained["strategy"],
     )

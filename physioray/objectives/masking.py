@@ -6,7 +6,8 @@ The words: a token is `present` if its modality was recorded in that window; of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,9 @@ from physioray.tensors import Draw
 # Streams of the key, so that no two kinds of choice share their random numbers.
 _TOKENS, _MODALITIES, _SHARES, _SUBSETS = 1, 2, 3, 4
 
+_COUNT = -1
+"""The key of what is drawn beside the modalities: whether to drop, how many to keep."""
+
 _LAST = np.uint64(2**63)
 """The place in the queue of what may not be visible: behind everything else."""
 
@@ -31,6 +35,7 @@ class SamplerCase:
 
     Attributes:
         available: `(B, modalities)`, True where a modality is present and was not dropped.
+        keys: `(modalities,)` a number for each modality's name, so that choices do not depend on their order.
         counts: `(modalities,)` tokens of each modality.
         visible_count: `(B,)` how many tokens will be visible.
         noise: `(B, tokens)` random numbers below 2^63, one per token, the modalities one after the other.
@@ -38,6 +43,7 @@ class SamplerCase:
     """
 
     available: Bool[np.ndarray, "b modalities"]
+    keys: Int64[np.ndarray, "modalities"]
     counts: Int64[np.ndarray, "modalities"]
     visible_count: Int64[np.ndarray, "b"]
     noise: UInt64[np.ndarray, "b tokens"]
@@ -81,22 +87,39 @@ def draw_visible(
     here = np.stack([present[name].numpy() for name in names], 1)  # (B, modalities)
     counts = np.array([tokens[name] for name in names], np.int64)
     visible_count = count_visible((here * counts).sum(1), config.hidden_ratio)
-    kept = here & ~_draw_dropped(here, window_id, draw, config) if config.drop else here
-    noise = _hash(draw.seed, _TOKENS, draw.pass_number, window_id[:, None], np.arange(counts.sum())[None])
+    keys = _key_names(names)
+    kept = here & ~_draw_dropped(here, keys, window_id, draw, config) if config.drop else here
+    chunks = [
+        _hash(draw.seed, _TOKENS, draw.pass_number, window_id[:, None], key, np.arange(count)[None])
+        for key, count in zip(keys[:, None], counts, strict=True)
+    ]
     case = SamplerCase(
         available=kept,
+        keys=keys,
         counts=counts,
         visible_count=visible_count,
-        noise=noise >> np.uint64(1),
+        noise=np.concatenate(chunks, 1) >> np.uint64(1),
         window_id=window_id,
         draw=draw,
         config=config,
     )
     available = np.repeat(kept, counts, axis=1)  # (B, all tokens)
     queue = np.where(available, SAMPLERS[config.sampler](case), _LAST)
-    rank = np.argsort(np.argsort(queue, axis=1, kind="stable"), axis=1, kind="stable")
-    visible = torch.from_numpy((rank < visible_count[:, None]) & available)
+    visible = torch.from_numpy(_let_in(queue, visible_count) & available)
     return dict(zip(names, visible.split(counts.tolist(), dim=1), strict=True))
+
+
+def _let_in(queue: UInt64[np.ndarray, "b tokens"], count: Int64[np.ndarray, "b"]) -> Bool[np.ndarray, "b tokens"]:
+    """True for the `count` smallest numbers of every row."""
+    if not queue.size:
+        return np.zeros(queue.shape, bool)
+    # Sorting values is several times faster than sorting places, but lets equal numbers in together.
+    last = np.take_along_axis(np.sort(queue, axis=1), np.maximum(count, 1)[:, None] - 1, axis=1)
+    inside = (queue <= last) & (count > 0)[:, None]
+    tied = np.flatnonzero(inside.sum(1) != count)
+    order = np.argsort(queue[tied], axis=1, kind="stable")
+    inside[tied] = np.argsort(order, axis=1, kind="stable") < count[tied, None]
+    return inside
 
 
 def _queue_uniformly(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
@@ -110,8 +133,7 @@ def _queue_by_dirichlet(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
     The k-th token of a modality with share p stands at (k + 1/2) / p: taking the first n of the queue is
     Sainte-Lague's apportionment of n seats, so the total is exact and no modality gives more than it has.
     """
-    places = np.arange(len(case.counts))[None]
-    level = _to_unit(_hash(case.draw.seed, _SHARES, case.draw.pass_number, case.window_id[:, None], places))
+    level = _to_unit(_hash(case.draw.seed, _SHARES, case.draw.pass_number, case.window_id[:, None], case.keys[None]))
     # Gamma variates, divided by their sum, are Dirichlet's; the queue needs them only up to a factor.
     share = np.maximum(gammaincinv(case.config.concentration, level), 1e-290)
     parts, first = [], 0
@@ -130,8 +152,8 @@ def _queue_subset(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
     A part with fewer tokens than are to be visible is enlarged by the next modality drawn until it has enough.
     """
     rows, modalities = case.available.shape
-    keys = case.window_id[:, None]
-    random = _hash(case.draw.seed, _SUBSETS, case.draw.pass_number, keys, np.arange(modalities + 1)[None])
+    keys = np.append(case.keys, _COUNT)[None]
+    random = _hash(case.draw.seed, _SUBSETS, case.draw.pass_number, case.window_id[:, None], keys)
     order = np.argsort(np.where(case.available, random[:, :-1] >> np.uint64(1), _LAST), axis=1, kind="stable")
     wanted = 1 + np.floor(_to_unit(random[:, -1]) * case.available.sum(1)).astype(np.int64)
     sizes = np.take_along_axis(case.available * case.counts, order, axis=1)
@@ -192,24 +214,33 @@ def find_hidden(
 
 
 def _draw_dropped(
-    here: Bool[np.ndarray, "b modalities"], window_id: Int64[np.ndarray, "b"], draw: Draw, config: MaskConfig
+    here: Bool[np.ndarray, "b modalities"],
+    keys: Int64[np.ndarray, "modalities"],
+    window_id: Int64[np.ndarray, "b"],
+    draw: Draw,
+    config: MaskConfig,
 ) -> Bool[np.ndarray, "b modalities"]:
     """The modality hidden whole in each window: the first present one in an order drawn per step.
 
     So windows that have all modalities lose the same one, and a window that lacks it loses another of its own.
     """
-    rows, modalities = here.shape
+    rows = len(here)
     if config.drop_scope == "sample":
         place, key = draw.pass_number, window_id
     else:
         place, key = draw.step, np.full(rows, draw.rank if config.drop_scope == "rank" else 0)
-    order = _hash(draw.seed, _MODALITIES, place, key[:, None], np.arange(modalities + 1)[None])
+    order = _hash(draw.seed, _MODALITIES, place, key[:, None], np.append(keys, _COUNT)[None])
     # The last column decides whether anything is dropped at all.
     happens = _to_unit(order[:, -1]) < config.drop_probability
     first = np.argmin(np.where(here, order[:, :-1] >> np.uint64(1), _LAST), axis=1)
     dropped = np.zeros_like(here)
     dropped[np.arange(rows), first] = True
     return dropped & here & ((here.sum(1) > 1) & happens)[:, None]
+
+
+def _key_names(names: Sequence[str]) -> Int64[np.ndarray, "modalities"]:
+    """A number for each name that is the same in every process (Python's own hash is not)."""
+    return np.array([zlib.crc32(name.encode()) for name in names], np.int64)
 
 
 def _to_unit(bits: UInt64[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:

@@ -66,6 +66,16 @@ def test_samplers_follow_seed_pass_and_window_and_not_the_batch(sampler: str) ->
     assert any(not torch.equal(whole[name], other[name]) for name in TOKENS)
 
 
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_order_of_modalities_changes_no_choice(sampler: str, drop: bool) -> None:
+    config = MaskConfig(sampler=sampler, drop=drop)  # type: ignore[arg-type]
+    present = {name: torch.from_numpy(np.arange(60) % 7 != place) for place, name in enumerate(TOKENS)}
+    turned = dict(reversed(TOKENS.items()))
+    one, other = (draw_visible(present, tokens, np.arange(60), DRAW, config) for tokens in (TOKENS, turned))
+    assert list(other) == list(turned) and all(torch.equal(one[name], other[name]) for name in TOKENS)
+
+
 def apportion(shares: list[float], capacity: list[int], seats: int) -> list[int]:
     """Sainte-Lague, one seat after the other."""
     given = [0] * len(shares)
@@ -83,7 +93,7 @@ def test_the_dirichlet_sampler_apportions_its_shares_one_token_after_the_other()
 
     config, rows = MaskConfig(sampler="dirichlet", drop=False), 50
     found = choose(config, rows)
-    bits = masking._hash(0, masking._SHARES, 0, np.arange(rows)[:, None], np.arange(len(TOKENS))[None])
+    bits = masking._hash(0, masking._SHARES, 0, np.arange(rows)[:, None], masking._key_names(list(TOKENS))[None])
     # With concentration 1 a gamma variate is an exponential one, whose inverse distribution is -log(1 - u).
     shares = -np.log1p(-(bits >> np.uint64(11)).astype(np.float64) / 2.0**53)
     for row in range(rows):
