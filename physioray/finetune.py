@@ -164,10 +164,9 @@ def finetune(
     group.add_up(torch.zeros(1, device=device))  # the first worker's last checkpoint stands before anyone reads it
     best = load_checkpoint(choose_checkpoint(out / "checkpoints", job.train), device)
     model.load_state_dict(best["model"])
-    test = windows["test"]
     return FinetuneResult(
-        window_id=test,
-        probabilities=classify_windows(model, cohort, test, device),
+        window_id=windows["test"],
+        probabilities=classify_windows(model, cohort, windows["test"], device),
         history=result.history,
         step_losses=result.step_losses,
         training_subjects=len(_list_owners(cohort, windows["train"])),
