@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from physioray.config import AugmentConfig
-from physioray.objectives.masking import _hash
+from physioray.objectives.masking import hash_keys
 from physioray.signals import MODALITIES
 from physioray.tensors import Draw
 
@@ -97,7 +97,7 @@ def draw_normal(key: Int64[Tensor, "b"], samples: int) -> Float[Tensor, "b sampl
 def _key(stream: int, name: str, window_id: Int64[np.ndarray, "b"], draw: Draw) -> np.ndarray:
     """A 64-bit number per window; the modality's place in the registry, not in the batch, is part of it."""
     modality = np.array([list(MODALITIES).index(name)])
-    return _hash(draw.seed, stream, draw.pass_number, modality, window_id)
+    return hash_keys(draw.seed, stream, draw.pass_number, modality, window_id)
 
 
 def _signed(value: int) -> int:

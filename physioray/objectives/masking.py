@@ -90,7 +90,7 @@ def draw_visible(
     keys = _key_names(names)
     kept = here & ~_draw_dropped(here, keys, window_id, draw, config) if config.drop else here
     chunks = [
-        _hash(draw.seed, _TOKENS, draw.pass_number, window_id[:, None], key, np.arange(count)[None])
+        hash_keys(draw.seed, _TOKENS, draw.pass_number, window_id[:, None], key, np.arange(count)[None])
         for key, count in zip(keys[:, None], counts, strict=True)
     ]
     case = SamplerCase(
@@ -133,7 +133,9 @@ def _queue_by_dirichlet(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
     The k-th token of a modality with share p stands at (k + 1/2) / p: taking the first n of the queue is
     Sainte-Lague's apportionment of n seats, so the total is exact and no modality gives more than it has.
     """
-    level = _to_unit(_hash(case.draw.seed, _SHARES, case.draw.pass_number, case.window_id[:, None], case.keys[None]))
+    level = _to_unit(
+        hash_keys(case.draw.seed, _SHARES, case.draw.pass_number, case.window_id[:, None], case.keys[None])
+    )
     # Gamma variates, divided by their sum, are Dirichlet's; the queue needs them only up to a factor.
     share = np.maximum(gammaincinv(case.config.concentration, level), 1e-290)
     parts, first = [], 0
@@ -153,7 +155,7 @@ def _queue_subset(case: SamplerCase) -> UInt64[np.ndarray, "b tokens"]:
     """
     rows, modalities = case.available.shape
     keys = np.append(case.keys, _COUNT)[None]
-    random = _hash(case.draw.seed, _SUBSETS, case.draw.pass_number, case.window_id[:, None], keys)
+    random = hash_keys(case.draw.seed, _SUBSETS, case.draw.pass_number, case.window_id[:, None], keys)
     order = np.argsort(np.where(case.available, random[:, :-1] >> np.uint64(1), _LAST), axis=1, kind="stable")
     wanted = 1 + np.floor(_to_unit(random[:, -1]) * case.available.sum(1)).astype(np.int64)
     sizes = np.take_along_axis(case.available * case.counts, order, axis=1)
@@ -229,7 +231,7 @@ def _draw_dropped(
         place, key = draw.pass_number, window_id
     else:
         place, key = draw.step, np.full(rows, draw.rank if config.drop_scope == "rank" else 0)
-    order = _hash(draw.seed, _MODALITIES, place, key[:, None], np.append(keys, _COUNT)[None])
+    order = hash_keys(draw.seed, _MODALITIES, place, key[:, None], np.append(keys, _COUNT)[None])
     # The last column decides whether anything is dropped at all.
     happens = _to_unit(order[:, -1]) < config.drop_probability
     first = np.argmin(np.where(here, order[:, :-1] >> np.uint64(1), _LAST), axis=1)
@@ -248,7 +250,7 @@ def _to_unit(bits: UInt64[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     return (bits >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _hash(seed: int, stream: int, place: int, *keys: Int64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+def hash_keys(seed: int, stream: int, place: int, *keys: Int64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
     """Random 64-bit numbers from integer keys: the finaliser of SplitMix64 (Steele et al. 2014), chained."""
     state: np.ndarray = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):

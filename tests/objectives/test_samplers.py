@@ -93,7 +93,7 @@ def test_the_dirichlet_sampler_apportions_its_shares_one_token_after_the_other()
 
     config, rows = MaskConfig(sampler="dirichlet", drop=False), 50
     found = choose(config, rows)
-    bits = masking._hash(0, masking._SHARES, 0, np.arange(rows)[:, None], masking._key_names(list(TOKENS))[None])
+    bits = masking.hash_keys(0, masking._SHARES, 0, np.arange(rows)[:, None], masking._key_names(list(TOKENS))[None])
     # With concentration 1 a gamma variate is an exponential one, whose inverse distribution is -log(1 - u).
     shares = -np.log1p(-(bits >> np.uint64(11)).astype(np.float64) / 2.0**53)
     for row in range(rows):
