@@ -47,7 +47,9 @@ def main() -> None:
     # What is trained, and on what: cost stands beside the learning rate.
     resources = Resources(workers=1, gpus_per_worker=0)
     preset = find_preset(options.preset)
-    preset = replace(preset, train=replace(preset.train, passes=options.passes or preset.train.passes))
+    preset = replace(
+        preset, train=replace(preset.train, passes=preset.train.passes if options.passes is None else options.passes)
+    )
     job = PretrainJob.from_strategy(
         find_strategy(options.strategy),
         preset,

@@ -41,7 +41,7 @@ def main() -> None:
     # What is trained, and on what: cost stands beside the learning rate.
     resources = Resources(workers=1, gpus_per_worker=1 if torch.cuda.is_available() else 0)
     preset = find_preset(options.preset)
-    train = replace(preset.train, passes=options.passes or preset.train.passes)
+    train = replace(preset.train, passes=preset.train.passes if options.passes is None else options.passes)
     job = PretrainJob(
         cohort=options.cohort,
         out=options.out,

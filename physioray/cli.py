@@ -34,7 +34,7 @@ def guard(action: Callable[[], int | None]) -> int:
         # The reader (`| head`) has had enough; nothing is wrong. Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, LookupError, ArithmeticError) as error:
+    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         print(f"physioray: {error}", file=sys.stderr)
         return 1
 

@@ -159,9 +159,19 @@ def state_difference(difference: PairedDifference) -> str:
     )
 
 
-def state_chance(task: str, value: float, low: float | None) -> str:
-    """One sentence: whether a balanced accuracy clears guessing by its interval."""
+def state_chance(task: str, value: float, low: float | None, classes: int | None = None) -> str:
+    """One sentence: whether a balanced accuracy clears guessing by its interval.
+
+    Args:
+        classes: how many classes occur among the scored windows, if fewer than the task has: guessing is then
+            right more often, because balanced accuracy is the mean over the classes that occur.
+    """
     found = find_task(task)
+    if classes is not None and 0 < classes < len(found.classes):
+        return (
+            f"{found.title}: only {classes} of {len(found.classes)} classes occur, so guessing scores "
+            f"{1 / classes:.2f}; balanced accuracy {value:.3f} is not to be compared with other cohorts'."
+        )
     verdict = "clears" if low is not None and low > found.chance else "does not clear"
     bound = "no interval" if low is None else f"interval from {low:.3f}"
     return f"{found.title}: balanced accuracy {value:.3f} ({bound}) {verdict} chance, {found.chance:.2f}."

@@ -176,6 +176,9 @@ def pretrain_on_cluster(
             )
             try:
                 trainer.fit()
+            except SystemExit:
+                # Ray Train answers ctrl-C by leaving the process; here it is an interruption like any other.
+                raise KeyboardInterrupt from None
             except WorkerGroupError as error:
                 _raise_cause(error)
                 raise

@@ -162,7 +162,8 @@ def pretrain(
     if validation is None and screen is not None and group.rank == 0:
         screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
     journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
-    if group.rank == 0:
+    # The settings of a finished or begun run are not overwritten by a run that will be refused.
+    if group.rank == 0 and not (out / "checkpoints" / "last.pt").exists():
         facts = {"cohort_fingerprint": cohort.fingerprint}
         if getattr(source, "pairs_per_recording", None) is not None:
             facts["pairs_per_recording"] = source.pairs_per_recording  # type: ignore[attr-defined]

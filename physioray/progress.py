@@ -22,8 +22,9 @@ class ProgressLine:
 
     def __init__(self, title: str, unit: str, *, log_seconds: float = 10.0) -> None:
         self.title, self.unit, self.log_seconds = title, unit, log_seconds
-        self.started = time.monotonic()
+        self.began = self.started = time.monotonic()
         self.first_count: int | None = None
+        self.moving = False
         self.last_shown = float("-inf")
         self.terminal = sys.stderr.isatty()
         self.width = 0
@@ -41,11 +42,13 @@ class ProgressLine:
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are finished; the time left is judged from this run's own speed."""
         now = time.monotonic()
-        if self.first_count is None:
-            self.first_count = done
+        if self.first_count is None or (done > self.first_count and not self.moving):
+            # The clock starts at the first piece that this run has finished: what comes before is starting up.
+            self.moving = self.first_count is not None
+            self.first_count, self.started = done, now
         elapsed, made = now - self.started, done - self.first_count
         left = f", {format_seconds(elapsed / made * (total - done))} left" if made > 0 and done < total else ""
-        taken = f", {format_seconds(elapsed)}" if done >= total else ""
+        taken = f", {format_seconds(now - self.began)}" if done >= total else ""
         text = f"{self.title}: {done}/{total} {self.unit}{', ' + note if note else ''}{left}{taken}"
         if self.terminal:
             sys.stderr.write("\r" + text.ljust(self.width))

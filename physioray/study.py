@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -128,10 +129,11 @@ def run_study(
     protocol = choose_protocol(cohort, probe)
     job = replace(job, splits=protocol.splits)
     work = _Work(job=job, cohort=cohort, out=out, protocol=protocol, probe=probe, screen=screen, device=device)
+    work.say(protocol.sentence)
+    # Nothing is written before the pretraining has agreed that `out` is its own run's folder.
+    run_pretraining(job)
     (out / "card.json").write_json(describe_card(cohort, protocol))
     (out / "environment.json").write_json(describe_environment(job))
-    work.say(protocol.sentence)
-    run_pretraining(job)
     windows = find_labelled_windows(cohort, protocol, job.model.modalities)
     evaluations: dict[str, Evaluation] = {}
     curve: list[dict[str, Any]] = []
@@ -180,8 +182,8 @@ def _probe_features(work: _Work, source: GatherSource) -> dict[str, Evaluation]:
     }
     features["pretrained"].save(out / "embeddings.arrow")
     evaluations = {}
-    for name, embeddings in features.items():
-        work.say(f"Probing {name.replace('_', ' ')} ...")
+    for number, (name, embeddings) in enumerate(features.items(), 1):
+        work.say(f"Probing {name.replace('_', ' ')} ({number} of {len(features)}) ...")
         pretrained = name == "pretrained"
         evaluations[name] = evaluate_probe(
             embeddings,
@@ -301,7 +303,8 @@ def _draw_verdict(
     for task in TASKS:
         score = _average(best.scores, task)
         if score["value"] is not None:
-            sentences.append(state_chance(task, score["value"], score["low"]))
+            true = best.predictions.filter(pc.field("task") == task).column("true")
+            sentences.append(state_chance(task, score["value"], score["low"], len(pc.unique(true))))
     tables = {name: item.predictions for name, item in evaluations.items()}
     for task in TASKS:
         for floor in ("untrained", "band_powers"):
@@ -322,7 +325,10 @@ def _state_curve(curve: list[dict[str, Any]], passes: int) -> str:
     above = [row["pass"] for row in marks if row["value"] > floor]
     if not above:
         return f"{title}: at no measured pass up to {passes} does pretraining score above the untrained encoder."
-    return f"{title}: the score first lies above the untrained encoder's after {above[0]} of {passes} passes."
+    return (
+        f"{title}: the point estimate first lies above the untrained encoder's after {above[0]} of {passes} passes "
+        "(of the passes measured; whether the difference can be told from 0 at the end is said above)."
+    )
 
 
 @torch.inference_mode()

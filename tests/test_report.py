@@ -122,7 +122,7 @@ def test_floors_and_both_probes_are_rows_headline_first(page):
         "Untrained encoder, paper's recipe",
         "Band powers, paper's recipe",
     ]
-    assert "Sleep stage: all metrics" in page[1].headings
+    assert "All metrics" in page[1].headings
 
 
 def test_a_metric_without_a_value_keeps_its_reason(page):

@@ -220,7 +220,8 @@ def label_from_scoring(scoring: Scoring, samples: int, rate: float, windows: int
 
     Where no event stands at all, arousals were not annotated, and the task's labels are unknown.
     """
-    marks = mark_arousals(scoring, samples, rate) if scoring.events else None
+    known = any(event.kind.startswith(("arousal", "resp")) for event in scoring.events)
+    marks = mark_arousals(scoring, samples, rate) if known else None
     return _label(label_stages(scoring, rate, windows), marks, rate, rule)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,7 @@ class LedgerRow:
         reason: one line for people; empty if accepted.
         facts: what conversion found (see `data/convert`), empty unless accepted.
         shard: where the windows lie, None unless accepted.
-        stamp: size and time of the recording's files when it was rejected; a change means another try.
+        stamp: size and time of the recording's files, and of what tables told of it; a change means another try.
     """
 
     key: str
@@ -202,10 +203,24 @@ def stamp_files(source: Location, entry: RecordEntry) -> dict[str, list[int]]:
     }
 
 
+def stamp_inputs(source: Location, entry: RecordEntry, told: object) -> dict[str, list[int]]:
+    """What an accepted recording was made of: its files' stamps, and what the tables beside RECORDS told of it.
+
+    Files in a bucket are not looked at again: thousands of requests to find that public data has not changed.
+    """
+    files = stamp_files(source, entry) if source.is_local else {}
+    return files | {"tables": [zlib.crc32(repr(told).encode())]}
+
+
 def find_finished(
-    cohort: Location, source: Location, keyed: Mapping[str, RecordEntry], *, rows: Mapping[str, LedgerRow]
+    cohort: Location,
+    source: Location,
+    keyed: Mapping[str, RecordEntry],
+    *,
+    rows: Mapping[str, LedgerRow],
+    told: Mapping[str, object],
 ) -> dict[str, LedgerRow]:
-    """The rows that need no more work: accepted ones with a whole shard, rejected ones whose files are as before."""
+    """The rows that need no more work: accepted with a whole shard, or rejected, and their inputs are as before."""
     sizes = list_sizes(cohort / SHARDS)
     finished = {}
     for key, row in rows.items():
@@ -213,6 +228,7 @@ def find_finished(
             continue
         if row.shard is not None:
             whole = sizes.get(row.shard.file.rsplit("/", 1)[-1]) == row.shard.bytes
+            whole = whole and row.stamp == stamp_inputs(source, keyed[key], told[key])
         else:
             whole = row.kind != "internal" and row.stamp == stamp_files(source, keyed[key])
         if whole:

@@ -37,6 +37,7 @@ from physioray.data.ledger import (
     reject_same_signal,
     remove_leftovers,
     stamp_files,
+    stamp_inputs,
     write_row,
 )
 from physioray.data.manifest import IngestSummary, publish_cohort
@@ -148,7 +149,8 @@ def _ingest(
     identity = describe_identity(source, settings)
     claim_cohort(cohort, identity)
     keyed = key_entries(entries)
-    rows = find_finished(cohort, source, keyed, rows=read_rows(cohort, keyed))
+    told = {key: (subjects.get(entry.name), tuple(jumps.get(entry.name, ()))) for key, entry in keyed.items()}
+    rows = find_finished(cohort, source, keyed, rows=read_rows(cohort, keyed), told=told)
     for row in reject_same_name(source, keyed):
         if row.key not in rows:
             write_row(cohort, row)
@@ -161,8 +163,8 @@ def _ingest(
             anonymous=anonymous,
             cohort=cohort.uri,
             settings=settings,
-            subject=subjects.get(entry.name),
-            discontinuities=tuple(jumps.get(entry.name, ())),
+            subject=told[key][0],
+            discontinuities=told[key][1],
         )
         for key, entry in keyed.items()
         if key not in rows
@@ -322,6 +324,7 @@ def _convert(job: _Job, source: Location, cohort: Location) -> LedgerRow:
         kind="accepted",
         facts=converted.facts,
         shard=shard,
+        stamp=stamp_inputs(source, job.entry, (job.subject, job.discontinuities)),
     )
 
 

@@ -85,8 +85,8 @@ def _parse_age(text: str) -> tuple[float | None, str | None]:
 
 
 def _parse_sex(text: str) -> tuple[str | None, str | None]:
-    letter = text[:1].upper()
-    if letter in ("M", "F"):
+    letter = {"m": "M", "male": "M", "f": "F", "female": "F"}.get(text.lower())
+    if letter:
         return letter, None
     return None, f"sex must be M or F, but is {text!r}" if text else None
 
