@@ -310,6 +310,11 @@ def test_chance_is_cleared_by_the_interval_not_by_the_value():
     assert "does not clear chance, 0.50" in state_chance("age", 0.6, 0.49)
 
 
+def test_where_classes_lack_the_score_of_guessing_is_said_and_nothing_is_claimed() -> None:
+    sentence = state_chance("sleep", 0.25, 0.25, classes=4)
+    assert "only 4 of 5 classes occur" in sentence and "0.25" in sentence and "clears" not in sentence
+
+
 def test_results_come_back_as_written_and_a_broken_line_is_named(tmp_path, crossed):
     place = open_location(tmp_path / "results.jsonl")
     write_results(place, crossed.scores)

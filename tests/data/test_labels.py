@@ -231,3 +231,12 @@ def test_published_events_give_the_check_totals_of_all_994_records() -> None:
     # Scored from the first sample in the challenge's own files, but without a note there: 62 windows in all,
     # 49 N2 and 13 REM, are what these totals lack to the 892,262 of the label files.
     assert [leading[name] for name in ("tr03-0314", "tr05-0326", "tr07-0602")] == [13, 47, 2]
+
+
+def test_only_arousals_and_breathing_events_say_that_arousals_were_looked_for() -> None:
+    samples = 10 * 6000
+    stages = [(6000, "N2"), (12000, "W")]
+    for pair, known in (("foo", False), ("resp_hypopnea", True), ("arousal_rera", True)):
+        notes = sorted([*stages, (8000, f"({pair}"), (9000, f"{pair})")])
+        labels = label_from_scoring(parse_notes(notes, samples), samples, 200.0, 10, ArousalRule())
+        assert bool((labels.arousal >= 0).any()) is known, pair

@@ -294,3 +294,12 @@ def test_a_bucket_is_read_like_a_folder(tmp_path: Path, bucket: str) -> None:
     assert read_subject_facts(remote) == {} and not is_simulated(remote, entries)
     with pytest.raises(RejectedRecording, match="missing"):
         read_header(remote, _entry("gone"))
+
+
+def test_sex_is_a_word_or_letter_in_any_case_and_nothing_else(tmp_path: Path) -> None:
+    rows = {"a": "m", "b": "F", "c": "Male", "d": "female", "e": "Foo"}
+    text = "Record,Sex,Age\n" + "".join(f"{name},{sex},50\n" for name, sex in rows.items())
+    (tmp_path / "age-sex.csv").write_text(text)
+    facts = read_subject_facts(open_location(str(tmp_path)))
+    assert [facts[name].sex for name in rows] == ["M", "F", "M", "F", None]
+    assert "Foo" in (facts["e"].note or "")

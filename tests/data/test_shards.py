@@ -274,6 +274,21 @@ def test_several_nights_of_a_subject_share_one_split(tmp_path: Path) -> None:
     assert len(splits) == 4
 
 
+def test_what_changes_in_the_source_later_is_taken_up_for_those_recordings_alone(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", labelled=4, unlabelled=0, windows=4)
+    ages = (source / "age-sex.csv").read_text()
+    (source / "age-sex.csv").unlink()
+    assert ingest_cohort(str(source), str(tmp_path / "cohort")).converted == 4
+    assert set(Cohort.open(tmp_path / "cohort").read_labels("age")) == {-1}
+    (source / "age-sex.csv").write_text("\n".join(ages.splitlines()[:3]) + "\n")  # ages of the first two
+    (source / "training" / "tr00-0003" / "tr00-0003.arousal").unlink()
+    assert ingest_cohort(str(source), str(tmp_path / "cohort")).converted == 3
+    cohort = Cohort.open(tmp_path / "cohort")
+    assert (cohort.read_labels("age") >= 0).tolist() == [True] * 8 + [False] * 8
+    assert cohort.recordings[3].split == "pretrain"
+    assert ingest_cohort(str(source), str(tmp_path / "cohort")).converted == 0
+
+
 def test_progress_counts_recordings_and_hours_up_to_the_end(source: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     ingest_cohort(str(source), str(tmp_path / "cohort"), progress=seen.append)
