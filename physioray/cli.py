@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from physioray import __version__
+
+
+_FILE = ". A file stands where a folder must be: choose another place, or move the file away."
+_HINTS = {
+    errno.ENOTDIR: _FILE,
+    errno.EEXIST: _FILE,
+    errno.ENOSPC: ". The disk is full: free some space; the same command continues where it was.",
+    errno.EROFS: ". Choose a place that can be written to.",
+    errno.EACCES: ". Choose a place that you may read and write.",
+}
+"""What to do about errors of the operating system, which only say what happened."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +47,8 @@ def guard(action: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
-        print(f"physioray: {error}", file=sys.stderr)
+        hint = _HINTS.get(getattr(error, "errno", None) or 0, "")
+        print(f"physioray: {error}{hint}", file=sys.stderr)
         return 1
 
 
