@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from physioray import __version__
 
-
 _FILE = ". A file stands where a folder must be: choose another place, or move the file away."
 _HINTS = {
     errno.ENOTDIR: _FILE,
