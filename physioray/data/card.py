@@ -152,14 +152,34 @@ def _print_doubts(console: Console, manifest: Mapping[str, Any], facts: Sequence
                 causes.update(entry["channels"][name]["absent_windows"])
         told = ", ".join(f"{cause} {count:,}" for cause, count in sorted(causes.items()) if count)
         if told:
-            _say(console, f"Windows without {name}: {told}.")
-        reasons = Counter(entry["absent_modalities"][name] for entry in facts if name in entry["absent_modalities"])
-        for reason, count in reasons.most_common(_NAMED):
-            _say(console, f"No {name} in {count} recordings: {reason}")
+            holders = [
+                entry["recording"]
+                for entry in facts
+                if name in entry["channels"] and any(entry["channels"][name]["absent_windows"].values())
+            ]
+            _say(console, f"Windows without {name}: {told}, in {_name_some(holders)}.")
+        reasons: dict[str, list[str]] = {}
+        for entry in facts:
+            if name in entry["absent_modalities"]:
+                reasons.setdefault(entry["absent_modalities"][name], []).append(entry["recording"])
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_NAMED]:
+            _say(console, f"No {name} in {_name_some(names)}: {reason}")
+    _print_warnings(console, facts)
     jumps = sum(len(entry["discontinuities"]) for entry in facts)
     if jumps:
-        holders = sum(bool(entry["discontinuities"]) for entry in facts)
-        _say(console, f"Jumps: {jumps:,} in {holders} recordings; no filter, pair or hypnogram goes across them.")
+        jumping = sum(bool(entry["discontinuities"]) for entry in facts)
+        _say(console, f"Jumps: {jumps:,} in {jumping} recordings; no filter, pair or hypnogram goes across them.")
+
+
+def _print_warnings(console: Console, facts: Sequence[Mapping[str, Any]]) -> None:
+    """What ingest noticed about accepted recordings: bad ages, checksums that do not fit, events without an end."""
+    told = [f"  {entry['recording']}: {warning}" for entry in facts for warning in entry["warnings"]]
+    if told:
+        _say(console, f"Warnings about accepted recordings, {len(told)}:")
+        for line in told[:_NAMED]:
+            _say(console, line)
+        if len(told) > _NAMED:
+            _say(console, f"  and {len(told) - _NAMED} more: see {LEDGER_FILE}")
 
 
 def _print_rejected(console: Console, rejected: Sequence[Mapping[str, str]]) -> None:

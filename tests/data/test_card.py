@@ -77,7 +77,7 @@ def test_it_gives_classes_per_split_and_priors(card: str) -> None:
 def test_it_names_channels_rejections_and_doubts(card: str) -> None:
     assert "F3-M2 (6)" in card and "Chin1-Chin2 (6)" in card
     assert "training/tr00-0005/tr00-0005" in card.split("Rejected, 1:")[1]
-    assert "Windows without eeg: flat 2." in card
+    assert "Windows without eeg: flat 2, in " in card
     assert _numbers(card, "Modalities", "eeg")[1] == "95.8%"
     assert "Jumps: 1 in 1 recordings" in card
 
