@@ -3,7 +3,7 @@
 Question: on this cohort, does masked pretraining with modality drop (Fang et al. 2024, MultiMAE + input modality
     drop) give a frozen encoder whose linear probe beats the same encoder untrained, and beats band powers?
 Run: python experiments/quickstart.py --cohort COHORT --out RUN [--preset small] [--address auto]
-Cost: preset small, 25 passes, 2,000 windows: below 15 minutes on two CPU cores (LOG.md). Preset paper: a GPU and days.
+Cost: preset small, 25 passes, 2,000 windows: 8 minutes on two CPU cores (LOG.md). Preset paper: a GPU and days.
 Watch: tensorboard --logdir RUN, and RUN/report.html at the end.
 Expect: sleep stages clear chance (0.20) by far. On a small cohort the untrained encoder and band powers are close or
     ahead: pretraining needs many passes, and the report says plainly where it stands.
