@@ -174,12 +174,13 @@ def hash_value(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def commit_folder(folder: Location, names: Iterable[str] | None = None) -> None:
+def commit_folder(folder: Location, names: Iterable[str] | None = None, **facts: Any) -> None:
     """Declare a folder finished: write its `done.json` with the size and hash of every file, last.
 
     Args:
         folder: the folder.
         names: its files; all that stand there if None.
+        facts: plain values to be kept beside the list of files.
     """
     if names is None:
         names = [item.path[len(folder.path) + 1 :] for item in folder.list(recursive=True)]
@@ -188,7 +189,7 @@ def commit_folder(folder: Location, names: Iterable[str] | None = None) -> None:
     for name in sorted(names):
         content = (folder / name).read_bytes()
         files[name] = {"bytes": len(content), "sha256": hash_bytes(content)}
-    (folder / DONE).write_json({"files": files})
+    (folder / DONE).write_json(facts | {"files": files})
 
 
 def is_committed(folder: Location) -> bool:
