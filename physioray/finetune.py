@@ -6,8 +6,9 @@ The loop is that of pretraining (`train`), with another objective and a classifi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,7 @@ def evaluate_finetuning(
     subsets: Mapping[int, Sequence[str]] | None = None,
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
+    train_one: Callable[[FinetuneJob], FinetuneResult] | None = None,
 ) -> Evaluation:
     """Train on every task, seed and fold, and score the test subjects; what is finished is not trained again.
 
@@ -205,8 +207,10 @@ def evaluate_finetuning(
         config: tasks, seeds and bootstrap draws.
         folds, subsets: as for `evaluate_probe`.
         device, screen: as for `finetune`.
+        train_one: runs one training, or finds it done; `finetune` if None.
     """
     cohort = Cohort.open(job.cohort)
+    run = train_one or partial(finetune, device=device, screen=screen)
     notes: list[str] = []
     plans = plan_folds(folds) if folds is not None else plan_holdout(cohort, subsets, config.seeds, notes.append)
     rows: list[ScoreRow] = []
@@ -220,7 +224,7 @@ def evaluate_finetuning(
                 settings = replace(job.train, seed=plan.seed)
                 one = replace(job, task=name, fold=fold, train=settings, out=place)
                 try:
-                    found.append(finetune(one, device=device, screen=screen))
+                    found.append(run(one))
                 except ProbeError as error:
                     notes.append(f"{task.title}, seed {plan.seed}, fold {number + 1}: left out. {error}")
             if sum(len(item.window_id) for item in found):

@@ -135,7 +135,7 @@ class StepStore:
     def run(
         self,
         step: Step,
-        compute: Callable[[Location], None],
+        compute: Callable[[Location], object],
         *,
         resumable: bool = False,
         screen: Screen | None = None,
@@ -172,7 +172,7 @@ class StepStore:
             time.sleep(min(1.0, self.heartbeat_seconds))
         return found
 
-    def _compute(self, step: Step, compute: Callable[[Location], None], lease: Lease, resumable: bool) -> None:
+    def _compute(self, step: Step, compute: Callable[[Location], object], lease: Lease, resumable: bool) -> None:
         folder = self.locate(step)
         with _hold(lease):
             if (folder / DONE).exists():  # finished between looking and claiming
