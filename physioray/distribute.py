@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
+from physioray.grid import Grid, Work, explain_block, run_work
 from physioray.journal import Screen
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.storage import open_location
@@ -219,3 +220,67 @@ def _check_resources(resources: Resources) -> None:
     gpus = resources.workers * resources.gpus_per_worker
     if total.get("GPU", 0) < gpus:
         raise ValueError(f"The cluster must have {gpus} GPUs, but it has {total.get('GPU', 0):.0f}.")
+
+
+def spread_work(
+    grid: Grid,
+    work: Sequence[Work],
+    *,
+    gpus: float = 0,
+    address: str | None = None,
+    processes: int | None = None,
+    begin: Callable[[Work], None] = lambda _: None,
+    end: Callable[[Work], None] = lambda _: None,
+    deadline: float | None = None,
+    retries: int = 2,
+) -> dict[Work, str]:
+    """Do a grid's pieces of work on a cluster, as many at once as fit; a piece starts when its pretraining is done.
+
+    Args:
+        grid: whose work; cohort and store must lie where every node reaches them.
+        work: what to do.
+        gpus: of a piece.
+        address: of a running cluster; None starts one here.
+        processes: at once at the most; as many as the cluster has CPUs (or GPUs) for if None.
+        begin, end, deadline: as for `grid.run_work`.
+        retries: for a piece whose process or machine is lost.
+
+    Returns:
+        What failed, and why.
+    """
+    failures: dict[Work, str] = {}
+    threads = grid.threads or 1
+    grid = replace(grid, cohort=open_location(grid.cohort).uri, store=open_location(grid.store).uri)
+    with join_cluster(address):
+        total = ray.cluster_resources()
+        fitting = total.get("GPU", 0) / gpus if gpus else total.get("CPU", 1) / threads
+        most = max(1, min(int(fitting), processes or int(fitting)))
+        remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries)(_do_work)
+        waiting, running = list(work), dict[Any, Work]()
+        while waiting or running:
+            late = deadline is not None and time.monotonic() > deadline
+            unfinished = {item.strategy for item in (*waiting, *running.values()) if item.kind == "pretrain"}
+            ready = [item for item in waiting if item.kind == "pretrain" or item.strategy not in unfinished]
+            while ready and len(running) < most and not late:
+                item = ready.pop(0)
+                waiting.remove(item)
+                begin(item)
+                if reason := explain_block(item, failures):
+                    failures[item] = reason
+                    end(item)
+                else:
+                    running[remote.remote(grid, item)] = item
+            if not running:
+                break
+            done, _ = ray.wait(list(running), timeout=1.0)
+            for reference in done:
+                item = running.pop(reference)
+                if reason := ray.get(reference):
+                    failures[item] = reason
+                end(item)
+    return failures
+
+
+def _do_work(grid: Grid, item: Work) -> str:
+    """One piece in a process of the cluster; why it failed, or nothing."""
+    return run_work(grid.do, [item]).get(item, "")

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -155,6 +155,11 @@ def _order_subjects(names: Sequence[str], seed: Sequence[int], strata: Mapping[s
         seen[strata[name]] += 1
     # The sort is stable, so the shuffle decides between equal places.
     return sorted(shuffled, key=places.__getitem__)
+
+
+def scale_sizes(train: int, sizes: Sequence[int]) -> list[int]:
+    """Training-set sizes for a cohort with `train` training subjects: the largest becomes all of them."""
+    return _subset_sizes(train, sizes, scale=True)
 
 
 def _subset_sizes(train: int, sizes: Sequence[int], *, scale: bool) -> list[int]:
@@ -312,6 +317,19 @@ def fold_subjects(
             )
         )
     return result
+
+
+def shrink_fold(fold: Fold, size: int, seed: Sequence[int], strata: Mapping[str, str] | None = None) -> Fold:
+    """The same fold with at most `size` training subjects; with the same seed a smaller set begins every larger one.
+
+    Args:
+        fold: whose validation and test stay as they are.
+        size: training subjects wanted.
+        seed: of the order in which subjects are taken.
+        strata: a class per subject that every training set holds its share of.
+    """
+    order = _order_subjects(fold.train, [*seed, 7], strata)
+    return replace(fold, train=tuple(sorted(order[:size])))
 
 
 def _name_some(names: Sequence[str], most: int = 5) -> str:
