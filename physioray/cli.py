@@ -76,6 +76,14 @@ def _build_parser() -> argparse.ArgumentParser:
     info = verbs.add_parser("info", help="print a cohort's card")
     info.add_argument("cohort", metavar="COHORT")
     info.set_defaults(run=_info)
+
+    steps = verbs.add_parser("steps", help="list what has been computed, and remove what nothing refers to")
+    steps.add_argument("store", metavar="STEPS", help="folder or s3:// URI of the steps")
+    steps.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    remove = steps.add_mutually_exclusive_group()
+    remove.add_argument("--remove", metavar="IDENTITY", default=None, help="delete one step")
+    remove.add_argument("--remove-unreferenced", action="store_true", help="delete steps that nothing refers to")
+    steps.set_defaults(run=_steps)
     return parser
 
 
@@ -124,6 +132,25 @@ def _info(options: argparse.Namespace) -> int:
 
     print(describe_cohort(Cohort.open(options.cohort)))
     return 0
+
+
+def _steps(options: argparse.Namespace) -> int:
+    from physioray.step_listing import print_steps, remove_steps, verify_steps
+    from physioray.steps import StepStore
+    from physioray.storage import open_location
+
+    store = StepStore(open_location(options.store))
+    if options.remove or options.remove_unreferenced:
+        for record in remove_steps(store, identity=options.remove):
+            print(f"Removed {record.name} {record.identity}.")
+        return 0
+    print_steps(store)
+    damaged = verify_steps(store) if options.verify else []
+    for sentence in damaged:
+        print(sentence)
+    if options.verify and not damaged:
+        print("Every file is what it was when its step finished.")
+    return 1 if damaged else 0
 
 
 if __name__ == "__main__":
