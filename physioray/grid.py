@@ -339,7 +339,10 @@ def collect_scores(grid: Grid, failures: Mapping[Work, str] | None = None, scree
     store, plan = grid.open_store(), grid.plan
     found = GridScores(rows=[], notes=list(plan.notes))
     found.notes.extend(f"{work.title}: failed. {reason}" for work, reason in (failures or {}).items())
+    broken = {work.strategy for work in failures or {} if work.kind == "pretrain"}
     for name in (*plan.pretrained, *FLOORS):
+        if name in broken:
+            continue
         if name not in FLOORS and not grid.is_pretrained(name, store):
             found.notes.append(f"{name}: not pretrained yet, so nothing that rests on it was run.")
             continue
@@ -348,9 +351,15 @@ def collect_scores(grid: Grid, failures: Mapping[Work, str] | None = None, scree
                 continue
             _take(found, grid.probe(store, name, size, screen), name, size == plan.sizes[-1])
     for name in (*plan.finetuned, *plan.scratch):
-        if find_strategy(name).objective is None or grid.is_pretrained(name, store):
+        pretrained = name not in broken and name in plan.pretrained and grid.is_pretrained(name, store)
+        if find_strategy(name).objective is None or pretrained:
             for size in plan.sizes if grid.config.whole else plan.sizes[-1:]:
-                _take(found, _score_trainings(grid, store, name, size, found.notes), name, size == plan.sizes[-1])
+                _take(
+                    found,
+                    _score_trainings(grid, store, name, size, failures or {}, found.notes),
+                    name,
+                    size == plan.sizes[-1],
+                )
     return found
 
 
@@ -363,7 +372,9 @@ def _take(found: GridScores, evaluation: Evaluation, name: str, largest: bool) -
             found.predictions[name, chosen] = table
 
 
-def _score_trainings(grid: Grid, store: StepStore, name: str, size: int, notes: list[str]) -> Evaluation:
+def _score_trainings(
+    grid: Grid, store: StepStore, name: str, size: int, failures: Mapping[Work, str], notes: list[str]
+) -> Evaluation:
     """Scores of the trainings of one strategy and size, over the seeds and tasks whose every fold is done."""
     evaluations = []
     missing: dict[str, int] = {}
@@ -372,7 +383,7 @@ def _score_trainings(grid: Grid, store: StepStore, name: str, size: int, notes: 
     for item in work:
         groups.setdefault((item.seed, item.task), []).append(item)
     for (seed, task), items in groups.items():
-        if all(grid.is_done(item, store) for item in items):
+        if not any(item in failures for item in items) and all(grid.is_done(item, store) for item in items):
             evaluations.append(grid.score_training(store, name, task=task, seed=seed, size=size))
         else:
             missing[task] = missing.get(task, 0) + 1
