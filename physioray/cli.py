@@ -77,6 +77,17 @@ def _build_parser() -> argparse.ArgumentParser:
     info.add_argument("cohort", metavar="COHORT")
     info.set_defaults(run=_info)
 
+    evaluate = verbs.add_parser("evaluate", help="score a checkpoint by probes at every training-set size")
+    evaluate.add_argument("checkpoint", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    evaluate.add_argument("cohort", metavar="COHORT")
+    evaluate.add_argument("--out", required=True, help="folder for scores and the page")
+    evaluate.add_argument("--steps", default=None, help="folder or s3:// URI of the steps (default: beside --out)")
+    evaluate.add_argument("--tasks", default=None, help="comma-separated (default sleep,age,arousal)")
+    evaluate.add_argument("--seeds", type=int, default=None, help="number of seeds (default 5)")
+    evaluate.add_argument("--other-cohort", action="store_true", help="the encoder may come from another cohort")
+    evaluate.add_argument("--device", default="cpu", help="cpu, or cuda (default cpu)")
+    evaluate.set_defaults(run=_evaluate)
+
     steps = verbs.add_parser("steps", help="list what has been computed, and remove what nothing refers to")
     steps.add_argument("store", metavar="STEPS", help="folder or s3:// URI of the steps")
     steps.add_argument("--verify", action="store_true", help="compare every file with its hash")
@@ -131,6 +142,39 @@ def _info(options: argparse.Namespace) -> int:
     from physioray.data.cohort import Cohort
 
     print(describe_cohort(Cohort.open(options.cohort)))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from physioray.config import ProbeConfig
+    from physioray.data.cohort import Cohort
+    from physioray.progress import ProgressLine
+    from physioray.report import describe_results, write_report
+    from physioray.scoring import score_checkpoint
+    from physioray.steps import StepStore, find_commit
+    from physioray.storage import open_location
+
+    probe = ProbeConfig()
+    if options.tasks:
+        probe = replace(probe, tasks=tuple(name.strip() for name in options.tasks.split(",")))
+    if options.seeds:
+        probe = replace(probe, seeds=tuple(range(options.seeds)))
+    out = open_location(options.out)
+    steps = open_location(options.steps) if options.steps else out.folder / "steps"
+    with ProgressLine("evaluate", "probes") as screen:
+        score_checkpoint(
+            options.checkpoint,
+            Cohort.open(options.cohort),
+            StepStore(steps, commit=find_commit()),
+            out,
+            probe=probe,
+            other_cohort=options.other_cohort,
+            device=options.device,
+            screen=screen,
+        )
+    page = write_report(out)
+    print(describe_results(out))
+    print(f"The page with tables and figures: {page}")
     return 0
 
 

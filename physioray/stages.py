@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from physioray.baselines import band_powers
-from physioray.config import IngestConfig, ProbeConfig, hash_config, to_dict
+from physioray.checkpoint import load_checkpoint
+from physioray.config import IngestConfig, ProbeConfig, TrainConfig, from_dict, hash_config, to_dict
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.data.splits import Fold
@@ -31,9 +32,10 @@ from physioray.results import (
     write_predictions,
     write_results,
 )
+from physioray.signals import LookupMiss
 from physioray.steps import Step, StepStore
-from physioray.storage import Location, hash_value, open_location
-from physioray.strategies import ModelSettings, build_model, describe_settings
+from physioray.storage import Location, StorageError, hash_bytes, hash_value, open_location
+from physioray.strategies import ModelSettings, build_model, describe_settings, name_strategy, restore_settings
 
 VERSIONS: Mapping[str, int] = {"ingest": 1, "pretrain": 1, "embed": 1, "probe": 1, "finetune": 1, "score": 1}
 """Raised when the code of a stage would give another result for the same settings."""
@@ -132,6 +134,37 @@ def pretrain_once(
         model=job.model,
         config_hash=hash_config(job.model, job.objective, job.train),
     )
+
+
+def open_pretraining(place: str | Location) -> tuple[Pretraining, dict[str, Any]]:
+    """A pretraining that was run outside of a store: a run's folder, or one of its checkpoints.
+
+    Returns:
+        The pretraining, known by its weights, and the identity in the checkpoint: settings, cohort, splits.
+
+    Raises:
+        StorageError: no checkpoint of a pretraining stands there.
+    """
+    place = open_location(place) if isinstance(place, str) else place
+    if (place / "checkpoints" / "last.pt").exists():
+        known = load_checkpoint(place / "checkpoints" / "last.pt")["identity"]
+        place = choose_checkpoint(place / "checkpoints", from_dict(TrainConfig, known["train"]))
+    content = load_checkpoint(place)
+    identity = content["identity"]
+    try:
+        model, objective = (restore_settings(identity.get(part, {})) for part in ("model", "objective"))
+    except LookupMiss as error:
+        raise StorageError(f"{place} must be the checkpoint of a pretraining, but: {error}") from error
+    step = Step(name="checkpoint", version=1, settings={"sha256": hash_bytes(place.read_bytes())})
+    pretraining = Pretraining(
+        step=step,
+        folder=place.folder.folder,
+        checkpoint=place,
+        name=name_strategy(model, objective),  # type: ignore[arg-type]
+        model=model,  # type: ignore[arg-type]
+        config_hash=hash_config(model, objective, from_dict(TrainConfig, identity["train"])),
+    )
+    return pretraining, identity
 
 
 def describe_pretraining(job: PretrainJob, fingerprint: str) -> Step:

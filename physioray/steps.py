@@ -8,6 +8,9 @@ each in files of its own, and the result whose `done.json` stands is the one tha
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from physioray import __version__
 from physioray.leases import Lease, LeaseLost, claim_lease
 from physioray.storage import DONE, Location, StorageError, commit_folder, hash_bytes, hash_value, open_location
 
@@ -269,6 +273,18 @@ def check_files(folder: Location, done: Mapping[str, Any], *, below: int | None 
                 f"A finished step must hold the files it was finished with, but {place} {wrong}. Nothing was "
                 f"overwritten. Put the file back, or delete the folder {folder} to have the step computed again."
             )
+
+
+@functools.cache
+def find_commit() -> str:
+    """Version of physioray and, where it runs from a checkout, the commit; `+` marks changes on top of it."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        command = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude", "*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__} {done.stdout.strip()}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -180,6 +181,6 @@ def test_smaller_training_sets_begin_larger_ones_and_keep_both_ages() -> None:
     strata = {name: str(number % 2) for number, name in enumerate(people)}
     chosen = [set(shrink_fold(fold, size, [3], strata).train) for size in (2, 5, 11, 20)]
     assert [len(names) for names in chosen] == [2, 5, 11, 20]
-    assert all(small < large for small, large in zip(chosen, chosen[1:], strict=False))
+    assert all(small < large for small, large in itertools.pairwise(chosen))
     assert {strata[name] for name in chosen[0]} == {"0", "1"}
     assert shrink_fold(fold, 5, [4], strata).train != shrink_fold(fold, 5, [3], strata).train
