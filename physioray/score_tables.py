@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from physioray.metrics import AGGREGATE, METRICS, find_metric
 from physioray.results import (
     CONVERGED,
-    CROSS_VALIDATION,
     EVALUATIONS,
     FEATURES,
     FINETUNE,
@@ -125,16 +124,16 @@ def tabulate_metric(rows: Sequence[ScoreRow], task: str) -> ScoreTable:
 def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
     """Balanced accuracy of a task against the number of training subjects; None with a single number."""
     mine = [row for row in rows if row.task == task and row.metric == METRICS[0] and row.value is not None]
-    mine = [row for row in mine if row.split != CROSS_VALIDATION]
-    sizes = sorted({row.training_subjects for row in mine})
-    if len(sizes) < 2:
+    sizes = level_sizes({row.training_subjects for row in mine})
+    levels = sorted(set(sizes.values()))
+    if len(levels) < 2:
         return None
     lines = []
     for key in _list_keys(mine):
         members = [row for row in mine if _key(row) == key]
-        cells = [_merge([row for row in members if row.training_subjects == size]) for size in sizes]
+        cells = [_merge([row for row in members if sizes[row.training_subjects] == level]) for level in levels]
         lines.append(_make_line(key, cells))
-    return ScoreTable(columns=tuple(f"{size} subjects" for size in sizes), rows=tuple(lines))
+    return ScoreTable(columns=tuple(f"{level} subjects" for level in levels), rows=tuple(lines))
 
 
 def _tabulate(rows: Sequence[ScoreRow], columns: Sequence[tuple[str, str]], titles: Sequence[str]) -> ScoreTable:
@@ -168,15 +167,30 @@ def _list_keys(rows: Sequence[ScoreRow]) -> list[tuple[str, str, str]]:
     return sorted(keys, key=lambda key: (place(EVALUATIONS, key[0]), place(FEATURES, key[1]), key))
 
 
+def level_sizes(sizes: Iterable[int]) -> dict[int, int]:
+    """The training-set size that each number of training subjects stands for: folds of one size differ by a few people.
+
+    Numbers that follow each other by less than a quarter are one size, named by the largest of them.
+    """
+    levels: dict[int, int] = {}
+    above = 0
+    for size in sorted(sizes, reverse=True):
+        above = levels[size] = above if above and above < 1.25 * size else size
+    return levels
+
+
 def _keep_largest(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-    """Rows of the largest training size of every line and task; folds differ in size and are all kept."""
-    largest: dict[tuple[object, ...], int] = {}
+    """Rows of the largest training size of every line and task."""
+    sizes: dict[tuple[object, ...], set[int]] = {}
     for row in rows:
-        key = (*_key(row), row.task)
-        largest[key] = max(largest.get(key, 0), row.training_subjects)
-    return [
-        row for row in rows if row.split == CROSS_VALIDATION or row.training_subjects == largest[(*_key(row), row.task)]
-    ]
+        sizes.setdefault((*_key(row), row.task), set()).add(row.training_subjects)
+    levels = {key: level_sizes(found) for key, found in sizes.items()}
+
+    def is_largest(row: ScoreRow) -> bool:
+        level = levels[(*_key(row), row.task)]
+        return level[row.training_subjects] == max(level.values())
+
+    return [row for row in rows if is_largest(row)]
 
 
 def _merge(rows: Sequence[ScoreRow]) -> Cell:

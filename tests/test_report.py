@@ -9,7 +9,7 @@ from physioray.figures import find_runs, plot_hypnogram
 from physioray.metrics import METRICS
 from physioray.report import describe_results, write_report
 from physioray.results import write_results
-from physioray.score_tables import list_skipped, tabulate_headline, tabulate_metric, tabulate_sizes
+from physioray.score_tables import level_sizes, list_skipped, tabulate_headline, tabulate_metric, tabulate_sizes
 from physioray.storage import open_location
 from tests.written_runs import make_rows, write_run
 
@@ -249,3 +249,23 @@ def test_the_terminal_table_says_simulated_and_holds_the_scores(tmp_path):
 
 def test_a_task_that_one_line_scores_is_not_called_skipped():
     assert list_skipped(make_rows()) == ["Arousal: skipped: no window has a label."]
+
+
+def test_folds_of_nearly_one_size_are_one_training_set_size() -> None:
+    assert level_sizes({2, 3, 5, 11, 20, 21}) == {2: 2, 3: 3, 5: 5, 11: 11, 20: 21, 21: 21}
+
+
+def test_the_headline_shows_the_largest_training_set_in_cross_validation_too() -> None:
+    rows = make_rows(tasks=("sleep",))
+    one = next(row for row in rows if row.metric == METRICS[0] and row.task == "sleep")
+    one = dataclasses.replace(one, value=0.6, seed=0, training_subjects=21)
+    rows = [
+        one,
+        dataclasses.replace(one, seed=1, training_subjects=20),
+        dataclasses.replace(one, value=0.3, training_subjects=5),
+    ]
+    cell = tabulate_metric(rows, "sleep").rows[0].cells[0]
+    assert (cell.value, cell.seeds) == (0.6, 2)
+    sizes = tabulate_sizes(rows, "sleep")
+    assert sizes is not None
+    assert sizes.columns == ("5 subjects", "21 subjects")
