@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from physioray.checkpoint import TrainState
@@ -24,6 +25,10 @@ class Screen(Protocol):
         ...
 
 
+AfterPass = Callable[[int, Location], None]
+"""Told after every pass how many are finished, and the run's folder."""
+
+
 class Journal:
     """A reporter for `train`: it is called by the first worker only.
 
@@ -32,12 +37,19 @@ class Journal:
         passes: how many passes the run has.
         settings: flat names and values that TensorBoard shows beside the run.
         screen: where progress is shown; nowhere if None.
+        after_pass: called with the number of finished passes and `folder`, also when a run is taken up again.
     """
 
     def __init__(
-        self, folder: Location, passes: int, settings: dict[str, Any] | None = None, screen: Screen | None = None
+        self,
+        folder: Location,
+        passes: int,
+        settings: dict[str, Any] | None = None,
+        screen: Screen | None = None,
+        after_pass: AfterPass | None = None,
     ) -> None:
         self.folder, self.passes, self.settings, self.screen = folder, passes, settings or {}, screen
+        self.after_pass = after_pass
 
     def report_step(self, state: TrainState, steps: int, waited: float, elapsed: float) -> None:
         """Show the run's place among all its steps, and the share of time that went into waiting for data."""
@@ -54,6 +66,8 @@ class Journal:
             if self.screen is not None:
                 self.screen.say(describe_pass(history[-1], self.passes))
             self._write_events(history[-1], step_losses)
+        if self.after_pass is not None:
+            self.after_pass(len(history), self.folder)
 
     def _write_events(self, record: dict[str, Any], step_losses: list[float]) -> None:
         if not self.folder.is_local:

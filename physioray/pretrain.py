@@ -23,7 +23,7 @@ from physioray.config import (
 from physioray.data.batches import Batch, BatchSource
 from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.gather import GatherSource
-from physioray.journal import Journal, Screen
+from physioray.journal import AfterPass, Journal, Screen
 from physioray.models.fused import MaskedAutoencoder
 from physioray.presets import Preset
 from physioray.signals import PRETRAINING_SPLITS, LookupMiss, Split, present_column
@@ -139,8 +139,19 @@ def pretrain(
     group: WorkerGroup | None = None,
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
+    after_pass: AfterPass | None = None,
 ) -> TrainResult:
-    """Run a job in this process, as one of the workers of `group`, or take it up where it stopped."""
+    """Run a job in this process, as one of the workers of `group`, or take it up where it stopped.
+
+    Args:
+        job: what to train.
+        make_source: makes this worker's batches.
+        group: the workers; found from torch.distributed if None.
+        device: where the model lives.
+        screen: where progress is shown.
+        after_pass: called by the first worker with the number of finished passes and the run's folder, whose
+            `checkpoints/last.pt` is that of the pass; what it raises ends the run, which can be taken up again.
+    """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     group = group or WorkerGroup()
@@ -161,7 +172,7 @@ def pretrain(
     validation = None if "validation" in job.splits else _make_validation(cohort, names, make_source, shared)
     if validation is None and screen is not None and group.rank == 0:
         screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
-    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
+    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen, after_pass)
     # The settings of a finished or begun run are not overwritten by a run that will be refused.
     if group.rank == 0 and not (out / "checkpoints" / "last.pt").exists():
         facts = {"cohort_fingerprint": cohort.fingerprint}

@@ -28,7 +28,7 @@ from physioray.pretrain import (
     make_encode,
     pretrain,
 )
-from physioray.storage import StorageError, open_location
+from physioray.storage import Location, StorageError, open_location
 from physioray.train import TrainingDiverged, find_learning_rate, make_optimizer, train
 from tests.written_cohorts import write_cohort
 
@@ -223,6 +223,22 @@ def test_kept_passes_hold_the_weights_of_their_pass(cohort: Cohort, tmp_path: Pa
         assert torch.equal(start.state_dict()[name], value)
         assert torch.equal(last.state_dict()[name], final.state_dict()[name])
     assert (folder / "pass-0002.pt").exists() and not (folder / "pass-0001.pt").exists()
+
+
+def test_whoever_listens_hears_of_every_pass_and_may_end_the_run_which_then_goes_on(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    job, heard = make_job(cohort, tmp_path), []
+
+    def listen(passes: int, folder: Location) -> None:
+        heard.append((passes, load_checkpoint(folder / "checkpoints" / "last.pt")["state"]["pass_number"]))
+        if heard == [(1, 1), (2, 2)]:
+            raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError):
+        pretrain(job, after_pass=listen)
+    pretrain(job, after_pass=listen)
+    assert heard == [(1, 1), (2, 2), (2, 2), (3, 3)], "on resuming, the last finished pass is told again"
 
 
 def test_parameters_unused_in_a_step_have_zero_gradients_and_still_decay(cohort: Cohort) -> None:
