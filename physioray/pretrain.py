@@ -156,6 +156,8 @@ def pretrain(
         torch.set_num_threads(job.threads)
     group = group or WorkerGroup()
     cohort, out = Cohort.open(job.cohort), open_location(job.out)
+    if "test" not in job.splits:
+        cohort = cohort.lock_test()
     names = job.model.modalities
     shared = {
         "batch_size": job.train.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from physioray.signals import MODALITIES, Split, label_column
+from physioray.signals import MODALITIES, UNKNOWN, Split, label_column, present_column
 from physioray.storage import Location, StorageError, open_location
 
 MANIFEST = "manifest.json"
@@ -46,11 +47,20 @@ class StoredRecording:
     discontinuities: tuple[float, ...] = ()
 
 
+class LockedSplitError(StorageError):
+    """Code that chooses between models asked for test subjects, who must not have a say in it."""
+
+
 class Cohort:
     """A finished cohort: an ordered list of recordings whose windows are numbered through.
 
     A window id is the row's number over all recordings in the order of the manifest.
+
+    Attributes:
+        test_locked: True for a view that gives nothing of the test subjects away, see `lock_test`.
     """
+
+    test_locked: bool = False
 
     def __init__(self, location: Location) -> None:
         self.location = location
@@ -102,16 +112,46 @@ class Cohort:
         """
         return cls(open_location(uri, anonymous=anonymous))
 
+    def lock_test(self) -> Cohort:
+        """The same cohort for code that selects: test subjects' windows, labels and signals cannot be read through it.
+
+        Their recordings keep their place, so that windows have the same numbers; their labels are unknown, no
+        modality of theirs is present, and their shards are never opened.
+        """
+        view = copy.copy(self)
+        view.test_locked = True
+        return view
+
+    def _is_locked(self, recording: StoredRecording) -> bool:
+        return self.test_locked and recording.split == "test"
+
+    def _refuse(self, what: str) -> LockedSplitError:
+        return LockedSplitError(
+            f"Code that chooses between models must not read test subjects, but it asked for {what} of "
+            f"{self.location}. Choose on the validation subjects; test scores are for what has been chosen."
+        )
+
     def find_windows(
         self, splits: Iterable[Split] | None = None, subjects: Iterable[str] | None = None
     ) -> NDArray[np.int64]:
-        """Window ids `(N,)` of some splits or subjects (all of them if None), in ascending order."""
+        """Window ids `(N,)` of some splits or subjects (all of them if None), in ascending order.
+
+        Raises:
+            LockedSplitError: test subjects are locked away and asked for by name (among all they are left out).
+        """
         allowed_splits = None if splits is None else set(splits)
         allowed_subjects = None if subjects is None else set(subjects)
+        if self.test_locked:
+            locked = {item.subject for item in self.recordings if item.split == "test"}
+            if allowed_splits is not None and "test" in allowed_splits:
+                raise self._refuse("the split test")
+            if allowed_subjects is not None and (asked := sorted(locked & allowed_subjects)):
+                raise self._refuse(f"the subjects {', '.join(asked[:5])}")
         parts = [
             np.arange(item.first, item.first + item.rows, dtype=np.int64)
             for item in self.recordings
-            if (allowed_splits is None or item.split in allowed_splits)
+            if not self._is_locked(item)
+            and (allowed_splits is None or item.split in allowed_splits)
             and (allowed_subjects is None or item.subject in allowed_subjects)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -123,7 +163,13 @@ class Cohort:
         return recording, window_ids - firsts[recording]
 
     def open_shard(self, recording: StoredRecording) -> pa.ipc.RecordBatchFileReader:
-        """The shard of a recording; memory-mapped if it is a local file."""
+        """The shard of a recording; memory-mapped if it is a local file.
+
+        Raises:
+            LockedSplitError: it is a test subject's, and they are locked away.
+        """
+        if self._is_locked(recording):
+            raise self._refuse(f"the recording {recording.name}")
         place = self.location / recording.file
         source = pa.memory_map(place.path) if place.is_local else place.filesystem.open_input_file(place.path)
         return pa.ipc.open_file(source)
@@ -132,6 +178,9 @@ class Cohort:
         """One small column `(windows,)` over all recordings, for example `label_sleep` or `start`."""
         parts = []
         for recording in self.recordings:
+            if self._is_locked(recording):
+                parts.append(_hide(column, recording.rows))
+                continue
             reader = self.open_shard(recording)
             number = reader.schema.get_field_index(column)
             if number < 0:
@@ -150,3 +199,12 @@ class Cohort:
         """True if at least two classes of a task occur in the cohort."""
         counts = self.manifest["class_counts"].get(task, [])
         return sum(count > 0 for count in counts) >= 2
+
+
+def _hide(column: str, rows: int) -> NDArray[Any]:
+    """What a locked recording shows of a column: unknown labels, nothing present, no times."""
+    if column.startswith(label_column("")):
+        return np.full(rows, UNKNOWN, np.int8)
+    if column.startswith(present_column("")):
+        return np.zeros(rows, bool)
+    return np.full(rows, -1)
