@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
 from physioray.grid import Grid, Work, explain_block, run_work
-from physioray.journal import Screen
+from physioray.journal import AfterPass, Screen
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.storage import open_location
 from physioray.train import TrainResult
@@ -147,8 +147,16 @@ def pretrain_on_cluster(
     *,
     address: str | None = None,
     screen: Screen | None = None,
+    after_pass: AfterPass | None = None,
 ) -> TrainResult:
     """Run a pretraining job on a Ray cluster; run again, it goes on from its last checkpoint.
+
+    Args:
+        job: what to train; cohort and out must lie where every node reaches them.
+        resources: workers, their CPUs and GPUs.
+        address: of a running cluster; None starts one here.
+        screen: where progress is shown.
+        after_pass: as for `pretrain.pretrain`; called in the first worker's process.
 
     Raises:
         ValueError: the cluster has no CPU left for reading beside the workers.
@@ -165,7 +173,7 @@ def pretrain_on_cluster(
         with _show_board(screen) as board:
             trainer = TorchTrainer(
                 _train_worker,
-                train_loop_config={"job": job, "board": board},
+                train_loop_config={"job": job, "board": board, "after_pass": after_pass},
                 scaling_config=ScalingConfig(
                     num_workers=resources.workers,
                     use_gpu=resources.gpus_per_worker > 0,
@@ -198,7 +206,13 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     """What every worker runs: the same function as in one process, with batches from Ray Data."""
     job: PretrainJob = arguments["job"]
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
-    result = pretrain(job, make_source=StreamSource, device=device, screen=_BoardScreen(arguments["board"]))
+    result = pretrain(
+        job,
+        make_source=StreamSource,
+        device=device,
+        screen=_BoardScreen(arguments["board"]),
+        after_pass=arguments["after_pass"],
+    )
     last = result.history[-1]
     ray.train.report({"pass": last["pass"], "loss": last["loss"], "validation_loss": last["validation_loss"] or 0.0})
 

@@ -31,7 +31,7 @@ from physioray.objectives.classification import WeightedCrossEntropy
 from physioray.pretrain import MakeSource, choose_checkpoint, find_pretraining_windows, load_encoder
 from physioray.probe import ProbeError, check_training, weigh_classes
 from physioray.results import FINETUNE, FROZEN, MOST_CLASSES, SCRATCH, ScoreRow, prediction_schema
-from physioray.signals import SPLITS, UNKNOWN, Task, find_task
+from physioray.signals import UNKNOWN, Task, find_task
 from physioray.storage import StorageError, hash_value, open_location
 from physioray.strategies import (
     Encoder,
@@ -132,7 +132,7 @@ def finetune(
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     group = group or WorkerGroup()
-    cohort, out, task = Cohort.open(job.cohort), open_location(job.out), find_task(job.task)
+    cohort, out, task = _open_cohort(job), open_location(job.out), find_task(job.task)
     encoder, pretrained = _open_trunk(job)
     names = tuple(encoder.tokens)
     windows = _divide_windows(cohort, job, names)
@@ -238,6 +238,16 @@ def evaluate_finetuning(
     return Evaluation(scores=rows, predictions=predictions, notes=list(dict.fromkeys(notes)))
 
 
+def _open_cohort(job: FinetuneJob) -> Cohort:
+    """The cohort; with its test subjects locked away if the training's fold has none of them, to choose by."""
+    cohort = Cohort.open(job.cohort)
+    if job.fold is None:
+        return cohort
+    people = {*job.fold.train, *job.fold.validation, *job.fold.test}
+    tested = any(item.split == "test" and item.subject in people for item in cohort.recordings)
+    return cohort if tested else cohort.lock_test()
+
+
 def _open_trunk(job: FinetuneJob) -> tuple[Encoder, dict[str, Any]]:
     """The encoder to start from, and what it is: part of the identity of the run."""
     if job.checkpoint is None:
@@ -268,7 +278,7 @@ def _identify(
 def _divide_windows(cohort: Cohort, job: FinetuneJob, modalities: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """Windows of training, validation and test subjects: those with a known label and one of the modalities."""
     labels = cohort.read_labels(job.task)
-    usable = find_pretraining_windows(cohort, SPLITS, modalities)
+    usable = find_pretraining_windows(cohort, cohort.splits, modalities)
     usable = usable[labels[usable] != UNKNOWN]
     if job.fold is None:
         theirs = {part: cohort.find_windows(splits=[part]) for part in ("train", "validation", "test")}

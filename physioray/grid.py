@@ -27,19 +27,17 @@ from physioray.journal import Screen
 from physioray.metrics import AGGREGATE
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, fit_modalities, pretrain
+from physioray.pretrainings import Pretraining, describe_pretraining, pretrain_once
 from physioray.results import PROBES, ScoreRow, prediction_schema
 from physioray.stages import (
     VERSIONS,
     Description,
-    Pretraining,
     describe_bands,
-    describe_pretraining,
     describe_training,
     embed_pretrained,
     embed_untrained,
     finetune_once,
     load_evaluation,
-    pretrain_once,
     probe_once,
     save_evaluation,
 )

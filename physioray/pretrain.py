@@ -159,13 +159,8 @@ def pretrain(
     if "test" not in job.splits:
         cohort = cohort.lock_test()
     names = job.model.modalities
-    shared = {
-        "batch_size": job.train.batch_size,
-        "seed": job.train.seed,
-        "modalities": names,
-        "rank": group.rank,
-        "world_size": group.world_size,
-    }
+    shared: dict[str, Any] = {"batch_size": job.train.batch_size, "seed": job.train.seed, "modalities": names}
+    shared |= {"rank": group.rank, "world_size": group.world_size}
     objective = build_objective(job.objective)
     contrasting = isinstance(job.objective, ContrastiveConfig)
     if getattr(objective, "pairs", False):
@@ -175,12 +170,8 @@ def pretrain(
     if validation is None and screen is not None and group.rank == 0:
         screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
     journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen, after_pass)
-    # The settings of a finished or begun run are not overwritten by a run that will be refused.
-    if group.rank == 0 and not (out / "checkpoints" / "last.pt").exists():
-        facts = {"cohort_fingerprint": cohort.fingerprint}
-        if getattr(source, "pairs_per_recording", None) is not None:
-            facts["pairs_per_recording"] = source.pairs_per_recording  # type: ignore[attr-defined]
-        (out / "config.json").write_json(job.describe() | facts)
+    if group.rank == 0:
+        _record_settings(job, out, cohort, source)
     return train(
         model=build_model(job.model, job.train.seed),
         objective=objective,
@@ -200,6 +191,16 @@ def pretrain(
         group=group,
         device=device,
     )
+
+
+def _record_settings(job: PretrainJob, out: Location, cohort: Cohort, source: BatchSource) -> None:
+    # The settings of a finished or begun run are not overwritten by a run that will be refused.
+    if (out / "checkpoints" / "last.pt").exists():
+        return
+    facts: dict[str, Any] = {"cohort_fingerprint": cohort.fingerprint}
+    if getattr(source, "pairs_per_recording", None) is not None:
+        facts["pairs_per_recording"] = source.pairs_per_recording  # type: ignore[attr-defined]
+    (out / "config.json").write_json(job.describe() | facts)
 
 
 def _make_validation(

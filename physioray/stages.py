@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from physioray.baselines import band_powers
-from physioray.checkpoint import load_checkpoint
-from physioray.config import IngestConfig, ProbeConfig, TrainConfig, from_dict, hash_config, to_dict
+from physioray.config import IngestConfig, ProbeConfig, to_dict
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.data.splits import Fold
@@ -22,7 +21,8 @@ from physioray.embeddings import Embeddings, embed_windows
 from physioray.evaluate import Evaluation, evaluate_probe
 from physioray.finetune import FinetuneJob, FinetuneResult, finetune
 from physioray.journal import Screen
-from physioray.pretrain import PretrainJob, choose_checkpoint, load_encoder, make_encode, pretrain
+from physioray.pretrain import choose_checkpoint, load_encoder, make_encode
+from physioray.pretrainings import Pretraining
 from physioray.results import (
     PREDICTIONS_FILE,
     PROBES,
@@ -32,38 +32,16 @@ from physioray.results import (
     write_predictions,
     write_results,
 )
-from physioray.signals import LookupMiss
 from physioray.steps import Step, StepStore
-from physioray.storage import Location, StorageError, hash_bytes, hash_value, open_location
-from physioray.strategies import ModelSettings, build_model, describe_settings, name_strategy, restore_settings
+from physioray.storage import Location, hash_value, open_location
+from physioray.strategies import ModelSettings, build_model, describe_settings
 
-VERSIONS: Mapping[str, int] = {"ingest": 1, "pretrain": 1, "embed": 1, "probe": 1, "finetune": 1, "score": 1}
+VERSIONS: Mapping[str, int] = {"ingest": 1, "embed": 1, "probe": 1, "finetune": 1, "score": 1}
 """Raised when the code of a stage would give another result for the same settings."""
 
 EMBED_BATCH = 64
 EMBEDDINGS_FILE = "embeddings.arrow"
 OUTCOME_FILE = "outcome.npz"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretraining:
-    """A finished pretraining.
-
-    Attributes:
-        step: what it depends on.
-        folder: its files; checkpoints in `checkpoints/`.
-        checkpoint: the one it is judged by.
-        name: of the strategy, as in result files.
-        model: settings of the encoder.
-        config_hash: of model, objective and training.
-    """
-
-    step: Step
-    folder: Location
-    checkpoint: Location
-    name: str
-    model: ModelSettings
-    config_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,76 +85,6 @@ def ingest_once(
         inputs={"source": hash_value([place.uri, files])[:24]},
     )
     return store.run(step, lambda folder: run(source, folder.uri, settings), resumable=True, screen=screen)
-
-
-def pretrain_once(
-    store: StepStore,
-    job: PretrainJob,
-    *,
-    run: Callable[[PretrainJob], object] = pretrain,
-    screen: Screen | None = None,
-) -> Pretraining:
-    """A pretraining, run now or found; one that was interrupted goes on from its checkpoint.
-
-    Args:
-        store: where it is kept.
-        job: what is pretrained; its `out` is replaced by the step's folder.
-        run: trains, in this process or on a cluster.
-        screen: where waiting is said.
-    """
-    step = describe_pretraining(job, Cohort.open(job.cohort).fingerprint)
-    folder = store.run(step, lambda place: run(replace(job, out=place.uri)), resumable=True, screen=screen)
-    return Pretraining(
-        step=step,
-        folder=folder,
-        checkpoint=choose_checkpoint(folder / "checkpoints", job.train),
-        name=job.name,
-        model=job.model,
-        config_hash=hash_config(job.model, job.objective, job.train),
-    )
-
-
-def open_pretraining(place: str | Location) -> tuple[Pretraining, dict[str, Any]]:
-    """A pretraining that was run outside of a store: a run's folder, or one of its checkpoints.
-
-    Returns:
-        The pretraining, known by its weights, and the identity in the checkpoint: settings, cohort, splits.
-
-    Raises:
-        StorageError: no checkpoint of a pretraining stands there.
-    """
-    place = open_location(place) if isinstance(place, str) else place
-    if (place / "checkpoints" / "last.pt").exists():
-        known = load_checkpoint(place / "checkpoints" / "last.pt")["identity"]
-        place = choose_checkpoint(place / "checkpoints", from_dict(TrainConfig, known["train"]))
-    content = load_checkpoint(place)
-    identity = content["identity"]
-    try:
-        model, objective = (restore_settings(identity.get(part, {})) for part in ("model", "objective"))
-    except LookupMiss as error:
-        raise StorageError(f"{place} must be the checkpoint of a pretraining, but: {error}") from error
-    step = Step(name="checkpoint", version=1, settings={"sha256": hash_bytes(place.read_bytes())})
-    pretraining = Pretraining(
-        step=step,
-        folder=place.folder.folder,
-        checkpoint=place,
-        name=name_strategy(model, objective),  # type: ignore[arg-type]
-        model=model,  # type: ignore[arg-type]
-        config_hash=hash_config(model, objective, from_dict(TrainConfig, identity["train"])),
-    )
-    return pretraining, identity
-
-
-def describe_pretraining(job: PretrainJob, fingerprint: str) -> Step:
-    """The step of a pretraining on the cohort with a fingerprint."""
-    settings = {
-        "model": describe_settings(job.model),
-        "objective": describe_settings(job.objective),
-        "train": to_dict(job.train),
-        "splits": list(job.splits),
-        "keep_passes": list(job.keep_passes),
-    }
-    return Step(name="pretrain", version=VERSIONS["pretrain"], settings=settings, inputs={"cohort": fingerprint})
 
 
 def embed_pretrained(

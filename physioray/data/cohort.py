@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from physioray.signals import MODALITIES, UNKNOWN, Split, label_column, present_column
+from physioray.signals import MODALITIES, SPLITS, UNKNOWN, Split, label_column, present_column
 from physioray.storage import Location, StorageError, open_location
 
 MANIFEST = "manifest.json"
@@ -121,6 +121,11 @@ class Cohort:
         view = copy.copy(self)
         view.test_locked = True
         return view
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that may be read."""
+        return tuple(name for name in SPLITS if not (self.test_locked and name == "test"))
 
     def _is_locked(self, recording: StoredRecording) -> bool:
         return self.test_locked and recording.split == "test"
