@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 
 from rich import box
@@ -17,7 +17,7 @@ from physioray.data.convert import choose_channels
 from physioray.data.hypnogram_files import find_hypnogram
 from physioray.data.ledger import key_entries, reject_same_name
 from physioray.data.records import Header, RecordEntry, RejectedRecording, is_simulated, list_records, read_header
-from physioray.data.stage_rows import UNDEFINED, name_runs
+from physioray.data.stage_rows import name_runs
 from physioray.signals import WINDOW_SECONDS
 from physioray.storage import Location
 
@@ -35,6 +35,7 @@ class RecordingPreview:
         chosen: the channel of each modality.
         absent: why a modality has none.
         labels: where stages and arousals come from, or `none`.
+        stage_names: what each name in a hypnogram would be taken for.
         warnings: what was repaired or is odd.
     """
 
@@ -44,6 +45,7 @@ class RecordingPreview:
     chosen: Mapping[str, ChosenChannel]
     absent: Mapping[str, str]
     labels: str = "none"
+    stage_names: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -88,7 +90,7 @@ def _preview(source: Location, entry: RecordEntry, settings: IngestConfig) -> Re
             raise RejectedRecording("At least one modality must be present, but none is.")
         if seconds is not None and seconds < WINDOW_SECONDS:
             raise RejectedRecording(f"A recording must last {WINDOW_SECONDS} s or more, but lasts {seconds:.1f} s.")
-        labels, warnings = _preview_labels(source, entry, header, settings)
+        labels, names, warnings = _preview_labels(source, entry, header, settings)
     except RejectedRecording as error:
         return RecordingPreview(path=entry.shown, reason=" ".join(str(error).split()), chosen=chosen, absent=absent)
     return RecordingPreview(
@@ -97,26 +99,26 @@ def _preview(source: Location, entry: RecordEntry, settings: IngestConfig) -> Re
         chosen=chosen,
         absent=absent,
         labels=labels,
+        stage_names=names,
         warnings=header.warnings + tuple(warnings),
     )
 
 
 def _preview_labels(
     source: Location, entry: RecordEntry, header: Header, settings: IngestConfig
-) -> tuple[str, list[str]]:
+) -> tuple[str, dict[str, str], list[str]]:
+    """Where labels come from, what names of stages mean, and doubts."""
     for ending in ("-arousal.mat", ".arousal"):
         if (source / f"{entry.path}{ending}").exists():
-            return f"{entry.name}{ending}", []
+            return ending, {}, []
     hypnogram = read_stage_notes(source, entry, header, embedded=False)
     if hypnogram is None:
-        return ("its own annotations, if they name stages" if header.has_notes else "none"), []
+        return ("annotations inside, if they name stages" if header.has_notes else "none"), {}, []
     named = name_runs(hypnogram.notes, dict(settings.montage.stages))
     warnings = list(hypnogram.warnings) + doubt_names(named, hypnogram)
-    file = find_hypnogram(source, entry).rsplit("/", 1)[-1] or f"{entry.name}.st"
+    file = find_hypnogram(source, entry).rsplit("/", 1)[-1] or ".st"
     hours = sum(run.seconds for run in named.runs if run.stage >= 0) / 3600
-    renamed = {name: stage for name, stage in named.names.items() if stage == UNDEFINED or not name.endswith(stage)}
-    meaning = ", ".join(f"{name} = {stage}" for name, stage in renamed.items())
-    return f"{file}: {hours:.2f} h scored" + (f" ({meaning})" if meaning else ""), warnings
+    return f"{file}, {hours:.2f} h scored", named.names, warnings
 
 
 def describe_preview(
@@ -145,6 +147,12 @@ def describe_preview(
         console.print(table)
     for name in settings.modalities:
         _print_reasons(console, f"No {name} in", {item.path: item.absent.get(name, "") for item in usable})
+    names: dict[str, str] = {}
+    for item in usable:
+        names |= item.stage_names
+    if names:
+        told = ", ".join(f"{name} = {stage}" for name, stage in sorted(names.items()))
+        console.print(f"Names of stages: {told}", markup=False)
     for item in usable:
         for warning in item.warnings:
             console.print(f"{item.path}: {warning}", markup=False)
