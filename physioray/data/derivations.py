@@ -55,7 +55,7 @@ def derive_signal(
 
 def _bring(
     raw: Samples, chosen: ChosenChannel, rate: float, length: int, jumps: Sequence[float]
-) -> Float32[np.ndarray, "samples"]:
+) -> Float32[np.ndarray, "length"]:
     own = chosen.channel.rate
     physical = fill_invalid(to_physical(raw, chosen), find_invalid(raw))
     if own != rate:

@@ -72,7 +72,6 @@ def read_edf_header(place: Location) -> Header:
         RejectedRecording: it is missing, no EDF, holds no signal, or promises more than the file holds.
     """
     layout = read_layout(place)
-    edf = _parse_fields(place, layout)
     signals = [number for number in range(len(layout.sizes)) if number not in layout.notes]
     if not signals:
         raise RejectedRecording(
@@ -80,16 +79,17 @@ def read_edf_header(place: Location) -> Header:
             "stands in the same folder, under the same name before -Hypnogram or, alone, with the same patient and "
             "start in its header."
         )
+    if layout.seconds == 0 or not any(layout.sizes[number] for number in signals):
+        raise RejectedRecording(
+            f"{place.name} must hold samples in a record that lasts, but its records last {layout.seconds:g} s with at "
+            f"most {max(layout.sizes[number] for number in signals)} samples. {AGAIN}"
+        )
+    edf = _parse_fields(place, layout)
     channels = tuple(
         _describe_channel(edf.signals[column], layout.sizes[number], layout.seconds, column, place.name)
         for column, number in enumerate(signals)
     )
-    fastest = max((channel for channel in channels), key=lambda channel: channel.rate)
-    if not 0 < fastest.rate < math.inf:
-        raise RejectedRecording(
-            f"{place.name} must hold samples in a record of some duration, but its records last {layout.seconds:g} s "
-            f"with at most {max(layout.sizes)} samples. {AGAIN}"
-        )
+    fastest = max(channels, key=lambda channel: channel.rate)
     start, doubts = read_start(layout.header)
     return Header(
         rate=fastest.rate,
@@ -153,8 +153,6 @@ def _parse_fields(place: Location, layout: EdfLayout) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the header alone holds no samples
             return edfio.read_edf(io.BytesIO(layout.header), lazy_load_data=False, header_encoding=layout.encoding)
-    except ZeroDivisionError as error:
-        raise RejectedRecording(f"{place.name} must have records that last, but they last 0 s. {AGAIN}") from error
     except Exception as error:
         # edfio has no error of its own; whatever it trips over, the header is not what the format asks for.
         raise RejectedRecording(f"{place.name} must have an EDF header, but cannot be parsed ({error!r}).") from error
@@ -176,14 +174,14 @@ def _describe_channel(signal: Any, size: int, seconds: float, column: int, file:
         problem = f"physical and digital minimum and maximum must be numbers, but: {error}"
     if size == 0:
         problem = "a data record must hold samples of it, but holds none"
-    if not (math.isfinite(gain) and math.isfinite(baseline)):
-        gain, baseline, problem = 0.0, 0.0, "its scale must be finite, but is not"
+    if not all(math.isfinite(value) for value in (gain, baseline, size / seconds)):
+        gain, baseline, problem = 0.0, 0.0, "its scale and rate must be finite, but are not"
     return Channel(
         name=signal.label.strip("\x00 ") or f"channel {column}",
         unit=signal.physical_dimension.strip("\x00 "),
         gain=gain,
         baseline=baseline,
-        rate=size / seconds if seconds else 0.0,
+        rate=size / seconds,
         format="edf",
         file=file,
         offset=0,
