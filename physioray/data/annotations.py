@@ -108,7 +108,8 @@ def read_stage_notes(
     if notes is not None:
         return read_st_notes(notes, header.rate)
     if embedded and header.has_notes:
-        inside, _ = read_edf_notes(source / (entry.file or header.channels[0].file))
+        folder = source / entry.path.rsplit("/", 1)[0] if "/" in entry.path else source
+        inside, _ = read_edf_notes(folder / header.channels[0].file)
         return HypnogramFile(kind="edf annotations", notes=inside, only_stages=False)
     return None
 

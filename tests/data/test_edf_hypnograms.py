@@ -11,14 +11,16 @@ import pytest
 import wfdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import fs as pafs
 
 from physioray.config import IngestConfig, Montage
 from physioray.data.convert import convert_recording
 from physioray.data.edf_notes import Note, Stretch
+from physioray.data.montage import read_montage
 from physioray.data.records import RejectedRecording, list_records, read_header
 from physioray.data.stage_rows import StageRun, label_by_majority, name_runs
 from physioray.signals import STAGES
-from physioray.storage import open_location
+from physioray.storage import Location, open_location
 
 from .edf_files import START, make_trace, move_records, set_field, write_edf, write_hypnogram
 from .record_files import make_signal, write_record
@@ -106,6 +108,22 @@ def test_annotations_inside_a_recording_are_its_hypnogram(tmp_path: Path) -> Non
     labels, facts = found["n2"]
     assert labels == [-1] * 4 and facts["label_source"] == "none"
     assert "'Lights off' (1), 'Obstructive apnea' (1)" in facts["warnings"][0]
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path) -> None:
+    """A sub-tree is no local file system to the code that reads, so files are fetched as from a bucket."""
+    write_edf(tmp_path / "night" / "n1.edf", EEG, notes=ROWS)
+    write_edf(tmp_path / "night" / "n2.edf", EEG, record_seconds=10)
+    write_hypnogram(tmp_path / "night" / "n2-Hypnogram.edf", ROWS)
+    (tmp_path / "night" / "montage.toml").write_text('[channels]\neeg = "F3-M2"\n')
+    remote = Location(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "night", "s3://bucket/night")
+    assert not remote.is_local and read_montage(remote).choices == (("eeg", "F3-M2", ""),)
+    assert [entry.hypnogram for entry in list_records(remote)] == ["", "n2-Hypnogram.edf"]
+    for entry in list_records(remote):
+        here = convert_recording(open_location(tmp_path / "night"), entry, IngestConfig(), subject=None)
+        there = convert_recording(remote, entry, IngestConfig(), subject=None)
+        assert there.table.equals(here.table) and there.facts == here.facts
+        assert there.facts["class_counts"]["sleep"] == [1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("ending", "between"), [("csv", ","), ("tsv", "\t"), ("csv", ";")])
