@@ -116,9 +116,7 @@ def list_tables(entry: RecordEntry) -> list[str]:
 def find_hypnogram(source: Location, entry: RecordEntry) -> str:
     """Path of the hypnogram that lies beside a recording: a table, or else EDF+; empty if there is none."""
     paths = list_tables(entry)
-    infos = source.filesystem.get_file_info([f"{source.path.rstrip('/')}/{path}" for path in paths])
-    there = [path for path, info in zip(paths, infos, strict=True) if info.type == pafs.FileType.File]
-    for path in there:
+    for path in _find_existing(source, paths):
         if _names_hypnogram(path) or _read_columns(source / path) is not None:
             return path
     if entry.hypnogram or not entry.file:
@@ -126,6 +124,16 @@ def find_hypnogram(source: Location, entry: RecordEntry) -> str:
     # A recording that was named, not listed: its folder has not been looked through.
     folder = entry.file.rpartition("/")[0]
     return _find_own(source, entry.file, folder)
+
+
+def _find_existing(source: Location, paths: Sequence[str]) -> list[str]:
+    if not source.is_local:
+        # In a bucket one listing is one request, and looking for each of the paths is one each.
+        folder = _split(paths[0])[0]
+        names = {item.name for item in (source / folder if folder else source).list()}
+        return [path for path in paths if _split(path)[1] in names]
+    infos = source.filesystem.get_file_info([f"{source.path.rstrip('/')}/{path}" for path in paths])
+    return [path for path, info in zip(paths, infos, strict=True) if info.type == pafs.FileType.File]
 
 
 def _find_own(source: Location, file: str, folder: str) -> str:

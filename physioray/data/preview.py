@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from io import StringIO
 
 from rich import box
@@ -18,10 +19,12 @@ from physioray.data.hypnogram_files import find_hypnogram
 from physioray.data.ledger import key_entries, reject_same_name
 from physioray.data.records import Header, RecordEntry, RejectedRecording, is_simulated, list_records, read_header
 from physioray.data.stage_rows import name_runs
+from physioray.data.subjects import read_subject_facts
 from physioray.signals import WINDOW_SECONDS
 from physioray.storage import Location
 
 _NAMED = 8
+_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class RecordingPreview:
         seconds: duration that the header states, None if it states none.
         chosen: the channel of each modality.
         absent: why a modality has none.
+        age_known: True if a table beside the recordings gives an age.
         labels: where stages and arousals come from, or `none`.
         stage_names: what each name in a hypnogram would be taken for.
         warnings: what was repaired or is odd.
@@ -42,8 +46,9 @@ class RecordingPreview:
     path: str
     reason: str = ""
     seconds: float | None = None
-    chosen: Mapping[str, ChosenChannel]
-    absent: Mapping[str, str]
+    chosen: Mapping[str, ChosenChannel] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    age_known: bool = False
     labels: str = "none"
     stage_names: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -68,14 +73,21 @@ def preview_source(
     entries = list_records(source)
     keyed = key_entries(entries)
     twice = {row.key: row.reason for row in reject_same_name(source, keyed)}
-    previews = []
-    for number, (key, entry) in enumerate(keyed.items(), start=1):
+    ages = {name for name, facts in read_subject_facts(source).items() if facts.age is not None}
+
+    def look(item: tuple[str, RecordEntry]) -> RecordingPreview:
+        key, entry = item
         if key in twice:
-            previews.append(RecordingPreview(path=entry.shown, reason=twice[key], chosen={}, absent={}))
-        else:
-            previews.append(_preview(source, entry, settings))
-        if progress is not None:
-            progress(number, len(keyed), "headers")
+            return RecordingPreview(path=entry.shown, reason=twice[key])
+        return replace(_preview(source, entry, settings), age_known=entry.name in ages)
+
+    previews = []
+    # Requests to a bucket take their time, one after the other; a folder is as fast without threads.
+    with ThreadPoolExecutor(1 if source.is_local else _READERS) as pool:
+        for preview in pool.map(look, keyed.items()):
+            previews.append(preview)
+            if progress is not None:
+                progress(len(previews), len(keyed), "headers")
     return previews, is_simulated(source, entries)
 
 
@@ -159,10 +171,11 @@ def describe_preview(
     rejected = [item for item in previews if item.reason]
     for item in rejected:
         console.print(f"Would be rejected: {item.path}: {item.reason}", markup=False)
+    ages = sum(item.age_known for item in usable)
     lacking = sum(item.labels == "none" for item in usable)
     console.print(
-        f"{len(usable)} of {len(previews)} recordings would be used, {lacking} of them without labels; signals "
-        "have not been looked at.",
+        f"{len(usable)} of {len(previews)} recordings would be used, {lacking} of them without stages or arousals, "
+        f"{len(usable) - ages} without an age; signals have not been looked at.",
         markup=False,
     )
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines()) + "\n"

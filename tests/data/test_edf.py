@@ -222,6 +222,20 @@ def test_a_channel_without_a_scale_is_absent_with_its_reason(tmp_path: Path, fie
     assert reason in facts["absent_modalities"]["eeg"] and "eog" in facts["channels"]
 
 
+def test_a_channel_without_samples_is_absent_and_the_others_are_read_from_their_place(tmp_path: Path) -> None:
+    """Of three signals the last loses its samples; what was its data follows the records and is not read."""
+    path = write_edf(tmp_path / "n1.edf", [make_trace("F3-M2"), make_trace("ECG", unit="mV", reach=5)], plus=False)
+    before = read(tmp_path)[1].samples[0]
+    content = path.read_bytes()
+    records = np.frombuffer(content[768:], "<i2").reshape(120, 400)
+    path.write_bytes(content[:768] + records[:, :200].tobytes())
+    set_field(path, "samples", "0", 1)
+    assert np.array_equal(read(tmp_path)[1].samples[0], before)
+    facts = convert(tmp_path).facts
+    assert facts["channels"]["eeg"]["present_windows"] == 4
+    assert "ECG: a data record must hold samples of it" in facts["absent_modalities"]["ecg"]
+
+
 @pytest.mark.parametrize("count", [-1, 0])
 def test_an_unknown_number_of_records_is_counted_and_told(tmp_path: Path, count: int) -> None:
     path = write_edf(tmp_path / "n1.edf", [make_trace("F3-M2")])

@@ -235,3 +235,31 @@ def test_a_hypnogram_that_began_at_another_time_is_shifted(tmp_path: Path, secon
     write_hypnogram(tmp_path / "n1-Hypnogram.edf", ROWS, start=START + datetime.timedelta(seconds=seconds))
     labels, facts = convert_all(tmp_path)["n1"]
     assert labels == expected and "the hypnogram" in facts["warnings"][0]
+
+
+@settings(max_examples=60, deadline=2000)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 739), st.binary(min_size=1, max_size=9)), max_size=8),
+    cut=st.one_of(st.just(0), st.integers(1, 700)),
+)
+def test_whatever_stands_in_a_hypnogram_is_labels_or_a_reason(
+    broken_night: tuple[Path, bytes], changes: list[tuple[int, bytes]], cut: int
+) -> None:
+    folder, content = broken_night
+    broken = bytearray(content)
+    for place, value in changes:
+        broken[place : place + len(value)] = value
+    (folder / "n1-Hypnogram.edf").write_bytes(bytes(broken[: len(broken) - cut]))
+    try:
+        labels, _ = convert_all(folder)["n1"]
+        assert set(labels) <= {-1, 0, 1, 2, 3, 4}
+    except RejectedRecording as error:
+        assert "n1-Hypnogram.edf" in str(error)
+
+
+@pytest.fixture(scope="module")
+def broken_night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    folder = tmp_path_factory.mktemp("broken")
+    write_edf(folder / "n1.edf", [make_trace("F3-M2", 60, rate=100)])
+    path = write_hypnogram(folder / "n1-Hypnogram.edf", ROWS[:2])
+    return folder, path.read_bytes()
