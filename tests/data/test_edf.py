@@ -306,7 +306,7 @@ _TEXTS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(st.tuples(st.integers(0, 1023 // 4), _TEXTS), min_size=1, max_size=6),
     cut=st.one_of(st.just(0), st.integers(1, 3000)),

@@ -237,7 +237,7 @@ def test_a_hypnogram_that_began_at_another_time_is_shifted(tmp_path: Path, secon
     assert labels == expected and "the hypnogram" in facts["warnings"][0]
 
 
-@settings(max_examples=60, deadline=2000)
+@settings(max_examples=60, deadline=10_000)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 739), st.binary(min_size=1, max_size=9)), max_size=8),
     cut=st.one_of(st.just(0), st.integers(1, 700)),

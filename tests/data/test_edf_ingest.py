@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +35,13 @@ ecg = [{channel = "ECG1", minus = "ECG2"}]
 "SLEEP-S0" = "W"
 "artefact" = "undefined"
 """
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
@@ -74,39 +84,36 @@ def test_a_dry_run_says_what_would_be_used_and_writes_nothing(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 def test_ingest_takes_both_formats_and_every_bad_file_is_a_row_with_its_reason(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cohort = tmp_path / "cohort"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        assert main(["ingest", str(source), str(cohort)]) == 0
-        manifest = json.loads((cohort / "manifest.json").read_text())
-        assert [row["recording"] for row in manifest["recordings"]] == ["good-PSG", "old"]
-        reasons = {row["path"]: row["reason"] for row in manifest["rejected"]}
-        assert sorted(reasons) == ["empty", "endless", "lonely-Hypnogram", "short", "twin"]
-        assert "must begin as an EDF file" in reasons["empty"] and "cut short" in reasons["short"]
-        assert "annotations only" in reasons["lonely-Hypnogram"] and "that of good-PSG" in reasons["twin"]
-        assert manifest["channels"]["eeg"] == {"C4 minus M1": 1, "F3-M2": 1}
-        assert manifest["stage_names"] == {"Sleep stage 2": "N2", "Sleep stage 4": "N3", "Sleep stage W": "W"}
-        assert manifest["class_counts"]["sleep"] == [1, 0, 1, 2, 0]
-        assert manifest["settings"]["montage"]["stages"] == [["SLEEP-S0", "W"], ["artefact", "undefined"]]
-        capsys.readouterr()
-        assert main(["info", str(cohort)]) == 0
-        card = capsys.readouterr().out
-        assert "Sleep stage 4 = N3" in card and "chosen by the user for eeg, ecg" in card
-        # The same again does nothing; a hypnogram that was corrected has its recording, and only that, made again.
-        assert main(["ingest", str(source), str(cohort)]) == 0 and "(0 converted" in capsys.readouterr().out
-        write_hypnogram(source / "good-Hypnogram.edf", [(0, 120, "Sleep stage R")])
-        assert main(["ingest", str(source), str(cohort)]) == 0
-        assert json.loads((cohort / "manifest.json").read_text())["class_counts"]["sleep"] == [0, 0, 0, 0, 4]
-        # Another montage is another cohort.
-        other = tmp_path / "other.toml"
-        other.write_text('[channels]\neeg = "C4"\n')
-        assert main(["ingest", str(source), str(cohort), "--channels", str(other)]) == 1
-        assert "settings.montage.choices was" in capsys.readouterr().err
-    finally:
-        ray.shutdown()
+    assert main(["ingest", str(source), str(cohort)]) == 0
+    manifest = json.loads((cohort / "manifest.json").read_text())
+    assert [row["recording"] for row in manifest["recordings"]] == ["good-PSG", "old"]
+    reasons = {row["path"]: row["reason"] for row in manifest["rejected"]}
+    assert sorted(reasons) == ["empty", "endless", "lonely-Hypnogram", "short", "twin"]
+    assert "must begin as an EDF file" in reasons["empty"] and "cut short" in reasons["short"]
+    assert "annotations only" in reasons["lonely-Hypnogram"] and "that of good-PSG" in reasons["twin"]
+    assert manifest["channels"]["eeg"] == {"C4 minus M1": 1, "F3-M2": 1}
+    assert manifest["stage_names"] == {"Sleep stage 2": "N2", "Sleep stage 4": "N3", "Sleep stage W": "W"}
+    assert manifest["class_counts"]["sleep"] == [1, 0, 1, 2, 0]
+    assert manifest["settings"]["montage"]["stages"] == [["SLEEP-S0", "W"], ["artefact", "undefined"]]
+    capsys.readouterr()
+    assert main(["info", str(cohort)]) == 0
+    card = capsys.readouterr().out
+    assert "Sleep stage 4 = N3" in card and "chosen by the user for eeg, ecg" in card
+    # The same again does nothing; a hypnogram that was corrected has its recording, and only that, made again.
+    assert main(["ingest", str(source), str(cohort)]) == 0 and "(0 converted" in capsys.readouterr().out
+    write_hypnogram(source / "good-Hypnogram.edf", [(0, 120, "Sleep stage R")])
+    assert main(["ingest", str(source), str(cohort)]) == 0
+    assert json.loads((cohort / "manifest.json").read_text())["class_counts"]["sleep"] == [0, 0, 0, 0, 4]
+    # Another montage is another cohort.
+    other = tmp_path / "other.toml"
+    other.write_text('[channels]\neeg = "C4"\n')
+    assert main(["ingest", str(source), str(cohort), "--channels", str(other)]) == 1
+    assert "settings.montage.choices was" in capsys.readouterr().err
     facts = pq.ParquetFile(cohort / "ledger.parquet", pre_buffer=False).read(use_threads=False)
     assert isinstance(facts, pa.Table) and facts.num_rows == 7
 
@@ -152,18 +159,15 @@ def test_a_montage_that_was_named_must_exist(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.real
 @pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.skipif(not REAL_DATA, reason="PHYSIORAY_REAL_DATA names no folder of real recordings")
 def test_the_excerpts_of_sleep_edf_and_slpdb_become_a_cohort(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in ("sleepedf_excerpt", "slpdb_excerpt"):
         shutil.copytree(Path(str(REAL_DATA), folder), tmp_path / "source" / folder)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        assert main(["ingest", str(tmp_path / "source"), str(tmp_path / "cohort"), "--strict"]) == 0
-        assert main(["info", str(tmp_path / "cohort")]) == 0
-    finally:
-        ray.shutdown()
+    assert main(["ingest", str(tmp_path / "source"), str(tmp_path / "cohort"), "--strict"]) == 0
+    assert main(["info", str(tmp_path / "cohort")]) == 0
     manifest = json.loads((tmp_path / "cohort" / "manifest.json").read_text())
     assert manifest["channels"]["eeg"] == {"EEG (C4-A1)": 1, "EEG Fpz-Cz": 1}
     assert manifest["channels"]["ecg"] == {"ECG": 1}
@@ -172,3 +176,22 @@ def test_the_excerpts_of_sleep_edf_and_slpdb_become_a_cohort(
     assert manifest["stage_names"]["Sleep stage 4"] == "N3"
     printed = capsys.readouterr().out
     assert "EMG submental must be sampled at 100 Hz or more, but is at 1 Hz" in printed
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_the_commands_of_the_readme_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The section on own recordings, as it stands: its montage, and its commands of ingest and info."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Your own recordings", 1)[-1].split("\n## ", 1)[0]
+    commands = re.findall(r"^ {4}physioray ((?:ingest|info) .*)$", section, re.MULTILINE)
+    if "--dry-run" not in section:
+        pytest.skip("the README does not show the dry run")
+    montage = re.search(r"^( +)\[channels\]\n(?:\1.*\n|\n(?=\1))+", section, re.MULTILINE)
+    assert montage is not None and len(commands) >= 3
+    monkeypatch.chdir(tmp_path)
+    Path("montage.toml").write_text(textwrap.dedent(montage.group()))
+    for command in commands:
+        words = command.split()
+        assert main([{"SOURCE": str(source), "COHORT": "cohort"}.get(word, word) for word in words]) == 0, command
+    assert (tmp_path / "cohort" / "manifest.json").exists()
