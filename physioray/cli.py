@@ -8,8 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from physioray import __version__
+
+if TYPE_CHECKING:
+    from physioray.config import IngestConfig
+    from physioray.storage import Location
 
 _FILE = ". A file stands where a folder must be: choose another place, or move the file away."
 _HINTS = {
@@ -68,6 +73,8 @@ def _build_parser() -> argparse.ArgumentParser:
     ingest.add_argument("cohort", metavar="COHORT", help="folder or s3:// URI to write")
     ingest.add_argument("--modalities", default=None, help="comma-separated, for example eeg,eog,emg,ecg (default)")
     ingest.add_argument("--arousal-rule", choices=("paper", "majority", "any"), default="paper")
+    ingest.add_argument("--channels", default=None, help="TOML of channels, derivations and names of stages")
+    ingest.add_argument("--dry-run", action="store_true", help="print what would be used, by headers only")
     ingest.add_argument("--strict", action="store_true", help="fail if any recording is rejected")
     ingest.add_argument("--anonymous", action="store_true", help="read a public bucket without credentials")
     ingest.add_argument("--address", default=None, help="a running Ray cluster (default: start one here)")
@@ -112,12 +119,33 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _ingest(options: argparse.Namespace) -> int:
     from physioray.config import AROUSAL_RULES, IngestConfig
+    from physioray.data.montage import read_montage
+    from physioray.storage import open_location
+
+    source = open_location(options.source, anonymous=options.anonymous)
+    montage = read_montage(source, open_location(options.channels) if options.channels else None)
+    settings = replace(IngestConfig(), arousal_rule=AROUSAL_RULES[options.arousal_rule], montage=montage)
+    if options.modalities:
+        settings = replace(settings, modalities=tuple(name.strip() for name in options.modalities.split(",")))
+    return _preview(source, settings, strict=options.strict) if options.dry_run else _convert(options, settings)
+
+
+def _preview(source: Location, settings: IngestConfig, *, strict: bool) -> int:
+    from shutil import get_terminal_size
+
+    from physioray.data.preview import describe_preview, preview_source
+    from physioray.progress import ProgressLine
+
+    with ProgressLine("dry run", "recordings") as line:
+        previews, simulated = preview_source(source, settings, line.update)
+    print(describe_preview(previews, settings, simulated=simulated, width=get_terminal_size((120, 24)).columns))
+    return int(strict and any(item.reason for item in previews))
+
+
+def _convert(options: argparse.Namespace, settings: IngestConfig) -> int:
     from physioray.data.shards import Progress, ingest_cohort
     from physioray.progress import ProgressLine
 
-    settings = replace(IngestConfig(), arousal_rule=AROUSAL_RULES[options.arousal_rule])
-    if options.modalities:
-        settings = replace(settings, modalities=tuple(name.strip() for name in options.modalities.split(",")))
     with ProgressLine("ingest", "recordings") as line:
 
         def show(state: Progress) -> None:

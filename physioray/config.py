@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-from physioray.signals import PAPER_MODALITIES, find_modality
+from physioray.signals import PAPER_MODALITIES, STAGES, find_modality
 from physioray.storage import hash_value
 
 Config = TypeVar("Config")
@@ -74,6 +74,27 @@ class SplitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Montage:
+    """What a user says about the names in their recordings (`--channels`; read by `data/montage`).
+
+    Attributes:
+        choices: modality, channel and the channel to subtract (or empty), in order of preference; a modality that is
+            named here takes nothing else.
+        stages: name of a stage in the user's files, and the stage (or `undefined`) that it means.
+    """
+
+    choices: tuple[tuple[str, str, str], ...] = ()
+    stages: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for modality, channel, _ in self.choices:
+            find_modality(modality)
+            _require(channel != "", f"Montage.choices must name a channel for {modality}", channel)
+        for name, stage in self.stages:
+            _require_choice(f"Montage.stages: the meaning of {name!r}", stage, (*STAGES, "undefined"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestConfig:
     """How a recording becomes windows (Fang et al. 2024, section 3.1).
 
@@ -87,6 +108,7 @@ class IngestConfig:
         arousal_rule: see ArousalRule.
         age_threshold: years from which a subject counts as older.
         splits: see SplitConfig.
+        montage: see Montage.
     """
 
     modalities: tuple[str, ...] = PAPER_MODALITIES
@@ -99,6 +121,7 @@ class IngestConfig:
     arousal_rule: ArousalRule = _assume(ArousalRule(), "arousal: target arousal covers >= 75 % of the window")
     age_threshold: float = 55.0
     splits: SplitConfig = SplitConfig()
+    montage: Montage = Montage()
 
     def __post_init__(self) -> None:
         _require(len(self.modalities) > 0, "IngestConfig.modalities must name at least one", self.modalities)
@@ -340,8 +363,12 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
         if isinstance(value, dict) and is_dataclass(default):
             arguments[name] = from_dict(type(default), value)
         else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
+            arguments[name] = _to_tuples(value)
     return kind(**arguments)
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def hash_config(*configs: object) -> str:

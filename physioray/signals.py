@@ -90,7 +90,10 @@ MODALITIES: Mapping[str, Modality] = {
         ),
         Modality(
             name="eog",
-            candidates=("E1-M2", "E2-M1", "E2-M2", "E1-A2", "EOG horizontal", "EOG (right)", "EOG (left)", "EOG"),
+            candidates=(
+                *("E1-M2", "E2-M1", "E2-M2", "E1-A2", "EOG horizontal", "EOG (right)", "EOG (left)", "EOG"),
+                *("E2-A1", "LOC-A2", "ROC-A1", "EOG(L)", "EOG(R)", "LOC-ROC", "ROC-LOC"),
+            ),
             rate=100,
             band=(0.1, 30.0),
             unit="uV",
@@ -98,7 +101,7 @@ MODALITIES: Mapping[str, Modality] = {
         ),
         Modality(
             name="emg",
-            candidates=("Chin1-Chin2", "Chin", "Chin EMG", "EMG submental", "EMG (chin)", "EMG"),
+            candidates=("Chin1-Chin2", "Chin", "Chin EMG", "EMG submental", "EMG (chin)", "EMG", "EMG1-EMG2"),
             rate=100,
             band=(0.1, 70.0),
             unit="uV",

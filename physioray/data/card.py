@@ -49,6 +49,11 @@ def describe_cohort(cohort: Cohort, *, width: int = _WIDTH, color: bool = False)
         else:
             _say(console, f"{task.title}: no labels.")
     _say(console, _describe_arousal_rule(manifest["settings"]["arousal_rule"]))
+    if manifest.get("stage_names"):
+        _say(console, f"Stages: {', '.join(f'{name} = {stage}' for name, stage in manifest['stage_names'].items())}.")
+    choices = manifest["settings"].get("montage", {}).get("choices", [])
+    if choices:
+        _say(console, f"Channels chosen by the user for {', '.join(dict.fromkeys(choice[0] for choice in choices))}.")
     _say(console, f"Age: older means at least {manifest['settings']['age_threshold']:g} years.")
     console.print(_tabulate_channels(manifest))
     _print_doubts(console, manifest, _read_facts(cohort))

@@ -9,18 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int8, Real
+from jaxtyping import Bool, Int8
 
 from physioray.config import IngestConfig
+from physioray.data.annotations import LabelledWindows, read_labels
 from physioray.data.channels import ChosenChannel, choose_channel
-from physioray.data.labels import (
-    WindowLabels,
-    label_age,
-    label_from_file,
-    label_from_scoring,
-    make_unlabelled,
-    parse_notes,
-)
+from physioray.data.derivations import derive_signal
+from physioray.data.edf_notes import Stretch
+from physioray.data.labels import label_age
 from physioray.data.preprocess import AbsentModality, ProcessedChannel, process_channel
 from physioray.data.records import (
     Header,
@@ -28,8 +24,6 @@ from physioray.data.records import (
     RejectedRecording,
     SubjectFacts,
     is_simulated,
-    read_annotations,
-    read_arousal_file,
     read_header,
 )
 from physioray.data.waveforms import Samples, Waveforms, read_waveforms
@@ -60,13 +54,17 @@ class ConvertedRecording:
 
 @dataclass(frozen=True, kw_only=True)
 class _Night:
-    """What all channels of a recording share; `kept` `(windows,)` is False where a window holds a jump."""
+    """What all channels of a recording share; `kept` `(windows,)` is False where a window holds a jump.
+
+    `stretches` says when the signal was recorded, by the clock that annotations follow.
+    """
 
     samples: int
     rate: float
     windows: int
     jumps: tuple[int, ...]
     kept: Bool[np.ndarray, "windows"]
+    stretches: tuple[Stretch, ...]
 
     @property
     def partial_samples(self) -> int:
@@ -97,24 +95,26 @@ def convert_recording(
         RejectedRecording: it cannot be used; one line says why and what to do.
     """
     header = read_header(source, entry)
-    chosen, absent = _choose_channels(header, settings.modalities)
+    chosen, absent = choose_channels(header, settings)
     if not chosen:
         raise RejectedRecording(_say_nothing_left(absent))
-    waveforms = read_waveforms(source, entry, header, sorted({channel.number for channel in chosen.values()}))
+    numbers = {number for channel in chosen.values() for number in channel.numbers}
+    waveforms = read_waveforms(source, entry, header, sorted(numbers))
     warnings = list(waveforms.warnings)
     night = _lay_grid(header, waveforms, discontinuities, warnings)
-    labels, label_source = _read_labels(source, entry, night, settings, warnings)
+    labelled = _label(source, entry, header, night, settings)
     processed = _process_channels(waveforms, chosen, absent, night, settings)
     if not processed:
         raise RejectedRecording(_say_nothing_left(absent))
     age = subject.age if subject else None
     tasks = {
-        "sleep": labels.sleep[night.kept],
+        "sleep": labelled.labels.sleep[night.kept],
         "age": label_age(age, settings.age_threshold, int(night.kept.sum())),
-        "arousal": labels.arousal[night.kept],
+        "arousal": labelled.labels.arousal[night.kept],
     }
     channels = {name: _describe(chosen[name], item, night.kept, name) for name, item in processed.items()}
-    warnings += _doubt_amplitudes(channels) + ([subject.note] if subject and subject.note else [])
+    warnings += [*labelled.warnings, *_doubt_amplitudes(channels)]
+    warnings += [subject.note] if subject and subject.note else []
     facts = {
         "recording": entry.name,
         "subject": subject.subject if subject else entry.name,
@@ -123,24 +123,45 @@ def convert_recording(
         "simulated": header.simulated or is_simulated(source, []),
         "channels": channels,
         "absent_modalities": absent,
-        "label_source": label_source,
         "class_counts": {task: _count(values, len(TASKS[task].classes)) for task, values in tasks.items()},
-        "arousal_sample_share": labels.arousal_sample_share,
-        "unscored_sample_share": labels.unscored_sample_share,
         "signal_sha256": waveforms.sha256,
         "warnings": warnings,
+        **_describe_labels(labelled),
         **_describe_night(night),
     }
     return ConvertedRecording(_build_table(settings.modalities, night, processed, tasks), facts)
 
 
-def _choose_channels(header: Header, modalities: Sequence[str]) -> tuple[dict[str, ChosenChannel], dict[str, str]]:
-    """The channel of each modality, and the reason why a modality has none."""
+def _label(
+    source: Location, entry: RecordEntry, header: Header, night: _Night, settings: IngestConfig
+) -> LabelledWindows:
+    return read_labels(
+        source,
+        entry,
+        header,
+        samples=night.samples,
+        windows=night.windows,
+        stretches=night.stretches,
+        settings=settings,
+    )
+
+
+def _describe_labels(labelled: LabelledWindows) -> dict[str, Any]:
+    return {
+        "label_source": labelled.source,
+        "stage_names": labelled.stage_names,
+        "arousal_sample_share": labelled.labels.arousal_sample_share,
+        "unscored_sample_share": labelled.labels.unscored_sample_share,
+    }
+
+
+def choose_channels(header: Header, settings: IngestConfig) -> tuple[dict[str, ChosenChannel], dict[str, str]]:
+    """The channel of each modality that is asked for, and the reason why a modality has none."""
     chosen: dict[str, ChosenChannel] = {}
     absent: dict[str, str] = {}
-    for name in modalities:
+    for name in settings.modalities:
         try:
-            chosen[name] = choose_channel(header, find_modality(name))
+            chosen[name] = choose_channel(header, find_modality(name), settings.montage)
         except AbsentModality as error:
             absent[name] = str(error)
     return chosen, absent
@@ -157,10 +178,9 @@ def _process_channels(
     processed: dict[str, ProcessedChannel] = {}
     for name, channel in chosen.items():
         try:
-            raw = waveforms.samples[channel.number]
-            processed[name] = _process(raw, channel, night, find_modality(name), settings)
+            processed[name] = _process(waveforms.samples, channel, night, find_modality(name), settings)
         except AbsentModality as error:
-            absent[name] = f"{channel.channel.name}: {error}"
+            absent[name] = f"{channel.name}: {error}"
     return processed
 
 
@@ -192,7 +212,9 @@ def _lay_grid(header: Header, waveforms: Waveforms, discontinuities: Sequence[in
         raise RejectedRecording(
             f"A recording must last {WINDOW_SECONDS} s or more, but lasts {count / header.rate:.1f} s. Leave it out."
         )
-    jumps = tuple(sorted({jump for jump in discontinuities if 0 < jump < count}))
+    stretches = waveforms.stretches or (Stretch(clock=0.0, signal=0.0, seconds=count / header.rate),)
+    gaps = {round(stretch.signal * header.rate) for stretch in stretches[1:]}
+    jumps = tuple(sorted(gaps | {jump for jump in discontinuities if 0 < jump < count}))
     outside = [jump for jump in discontinuities if not 0 < jump < count]
     if outside:
         warnings.append(f"discontinuities outside the recording's {count} samples are ignored: {outside[:5]}")
@@ -203,50 +225,22 @@ def _lay_grid(header: Header, waveforms: Waveforms, discontinuities: Sequence[in
     kept[inside[inside < windows]] = False
     if not kept.any():
         raise RejectedRecording(
-            f"A window must lie between two jumps, but every one of {windows} holds a jump. Check discontinuities.csv."
+            f"A window must lie between two jumps, but every one of {windows} holds a jump. "
+            "Check discontinuities.csv, or the gaps of EDF+D."
         )
-    return _Night(samples=count, rate=header.rate, windows=windows, jumps=jumps, kept=kept)
-
-
-def _read_labels(
-    source: Location, entry: RecordEntry, night: _Night, settings: IngestConfig, warnings: list[str]
-) -> tuple[WindowLabels, str]:
-    file = read_arousal_file(source, entry)
-    rule = settings.arousal_rule
-    if file is not None:
-        return label_from_file(file, night.samples, night.rate, night.windows, rule), "arousal.mat"
-    notes = read_annotations(source, entry, night.rate)
-    if notes is None:
-        return make_unlabelled(night.windows), "none"
-    scoring = parse_notes(notes, night.samples)
-    warnings += scoring.warnings
-    return label_from_scoring(scoring, night.samples, night.rate, night.windows, rule), "arousal"
+    return _Night(samples=count, rate=header.rate, windows=windows, jumps=jumps, kept=kept, stretches=tuple(stretches))
 
 
 def _process(
-    raw: Samples, chosen: ChosenChannel, night: _Night, modality: Modality, settings: IngestConfig
+    samples: dict[int, Samples], chosen: ChosenChannel, night: _Night, modality: Modality, settings: IngestConfig
 ) -> ProcessedChannel:
-    channel = chosen.channel
-    ratio = channel.rate / night.rate
-    jumps = [round(jump * ratio) for jump in night.jumps]
-    physical = _to_physical(raw, chosen)
-    processed = process_channel(physical, raw, channel.rate, modality, settings, jumps)
+    times = [jump / night.rate for jump in night.jumps]
+    signal = derive_signal(samples, chosen, seconds=night.samples / night.rate, jumps=times)
+    jumps = [round(jump * (signal.rate / night.rate)) for jump in night.jumps]
+    processed = process_channel(signal.physical, signal.raw, signal.rate, modality, settings, jumps)
     if not processed.present[night.kept].any():
         raise AbsentModality("at least one window between jumps must be usable, but none is")
     return processed
-
-
-def _to_physical(raw: Real[np.ndarray, "samples"], chosen: ChosenChannel) -> Float32[np.ndarray, "samples"]:
-    physical = raw.astype(np.float32)
-    if raw.dtype != np.int16:
-        physical *= np.float32(chosen.factor)
-        return physical
-    if chosen.channel.baseline:
-        physical -= np.float32(chosen.channel.baseline)
-    factor = chosen.factor / chosen.channel.gain
-    if factor != 1:
-        physical *= np.float32(factor)
-    return physical
 
 
 def _describe(
@@ -255,8 +249,8 @@ def _describe(
     modality = find_modality(name)
     low, high = modality.plausible
     return {
-        "channel": chosen.channel.name,
-        "source_rate": chosen.channel.rate,
+        "channel": chosen.name,
+        "source_rate": chosen.rate,
         "unit": chosen.unit,
         "scale": item.scale,
         "offset": item.offset,

@@ -19,17 +19,18 @@ from typing import Any, Literal
 from pyarrow import fs as pafs
 
 from physioray.config import IngestConfig, to_dict
+from physioray.data.hypnogram_files import list_tables
 from physioray.data.records import RecordEntry
 from physioray.storage import Location, hash_value
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Raised whenever the same recording and settings would give another shard: such cohorts must not be mixed."""
 
 SETTINGS_FILE = "settings.json"
 SHARDS = "shards"
 LEDGER = "ledger"
 
-_RECORD_FILES = (".hea", ".mat", ".dat", ".info", ".edf", ".arousal", "-arousal.mat")
+_RECORD_FILES = (".hea", ".mat", ".dat", ".info", ".edf", ".arousal", "-arousal.mat", ".st")
 _READERS = 16
 
 RowKind = Literal["accepted", "recording", "duplicate", "internal"]
@@ -156,7 +157,7 @@ def key_entries(entries: Sequence[RecordEntry]) -> dict[str, RecordEntry]:
     """Name the ledger row of every entry; of one name the first path gets the name itself."""
     counts: dict[str, int] = defaultdict(int)
     keyed = {}
-    for entry in sorted(entries, key=lambda item: item.path):
+    for entry in sorted(entries, key=lambda item: (item.path, item.file)):
         counts[entry.name] += 1
         number = counts[entry.name]
         keyed[entry.name if number == 1 else f"{entry.name}~{number}"] = entry
@@ -194,11 +195,12 @@ def write_row(cohort: Location, row: LedgerRow) -> None:
 
 def stamp_files(source: Location, entry: RecordEntry) -> dict[str, list[int]]:
     """Size and time of change (ns) of a recording's files, to see later whether somebody has mended them."""
-    places = [f"{source.path.rstrip('/')}/{entry.path}{ending}" for ending in _RECORD_FILES]
-    infos = source.filesystem.get_file_info(places)
+    paths = {ending: f"{entry.path}{ending}" for ending in _RECORD_FILES}
+    paths |= {path: path for path in (entry.file, entry.hypnogram, *list_tables(entry)) if path}
+    infos = source.filesystem.get_file_info([f"{source.path.rstrip('/')}/{path}" for path in paths.values()])
     return {
-        ending: [info.size, info.mtime_ns or 0]
-        for ending, info in zip(_RECORD_FILES, infos, strict=True)
+        name: [info.size, info.mtime_ns or 0]
+        for name, info in zip(paths, infos, strict=True)
         if info.type == pafs.FileType.File
     }
 
@@ -249,8 +251,8 @@ def reject_same_name(source: Location, keyed: Mapping[str, RecordEntry]) -> list
     rows = []
     for key, entry in keyed.items():
         if key != entry.name:
-            first = keyed[entry.name].path
-            reason = f"A recording's name must be unique, but {first} has the same; rename or remove {entry.path}."
+            first = keyed[entry.name].shown
+            reason = f"A recording's name must be unique, but {first} has the same; rename or remove {entry.shown}."
             rows.append(reject(key, entry, "duplicate", reason, stamp_files(source, entry)))
     return rows
 

@@ -190,8 +190,17 @@ def _build_manifest(
         "settings_hash": identity["settings_hash"],
         "simulated": simulated,
         "source": identity["source"],
+        "stage_names": _gather_stage_names(facts),
         "splits": _summarise_splits(recordings, division),
     }
+
+
+def _gather_stage_names(facts: Sequence[Facts]) -> dict[str, str]:
+    """What each name of a stage in the files was taken for; the same for all recordings of a cohort."""
+    found: dict[str, str] = {}
+    for entry in facts:
+        found |= entry.get("stage_names", {})
+    return dict(sorted(found.items()))
 
 
 def _take_fingerprint(recordings: Sequence[Mapping[str, Any]], division: Division, identity: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """A recording goes in by path or URI; channels as they were digitised and annotations come out.
 
 Reads WFDB records (format 16 straight from the file, other formats through wfdb) and what PhysioBank's ATM
-exports (`NAME.info` beside `NAME.mat`). Format: WFDB Applications Guide, header(5) and signal(5). The only
-file that imports wfdb, h5py and scipy.io.
+exports (`NAME.info` beside `NAME.mat`); EDF through `data/edf`. Format: WFDB Applications Guide, header(5) and
+signal(5). The only file that imports wfdb, h5py and scipy.io, but for `data/waveforms`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int8, Shaped
 from pyarrow import fs as pafs
 
+from physioray.data.edf import is_edf, read_edf_header
+from physioray.data.headers import (
+    SIMULATED_COMMENT,
+    Channel,
+    Header,
+    RecordEntry,
+    RejectedRecording,
+    read_file,
+)
+from physioray.data.hypnogram_files import is_hypnogram, pair_hypnograms
 from physioray.data.subjects import SubjectFacts, read_discontinuities, read_subject_facts
 from physioray.storage import Location, StorageError
 
 __all__ = [
+    "SIMULATED_COMMENT",
     "ArousalFile",
     "Channel",
     "Header",
@@ -33,67 +44,12 @@ __all__ = [
     "read_annotations",
     "read_arousal_file",
     "read_discontinuities",
+    "read_file",
     "read_header",
     "read_subject_facts",
 ]
 
-SIMULATED_COMMENT = "simulated by physioray"
 _STAGE_DATASETS = {"wake": 0, "nonrem1": 1, "nonrem2": 2, "nonrem3": 3, "rem": 4}
-
-
-class RejectedRecording(ValueError):
-    """A recording cannot be used; the message is one line: what must hold, what was got, what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordEntry:
-    """One recording of a source: its name, and its path relative to the source without an extension."""
-
-    name: str
-    path: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Channel:
-    """One channel of a recording as its header describes it.
-
-    A physical value is (digital value - baseline) / gain, in `unit`.
-
-    Attributes:
-        rate: samples per second, in Hz.
-        format: WFDB storage format, `16` for plain 16-bit integers; `mat5` for an ATM export.
-        file: name of the signal file, beside the header.
-        offset: bytes before the first sample.
-        column: position among the channels of the same file.
-        checksum: 16-bit sum of all samples that the header promises, None if it promises none.
-    """
-
-    name: str
-    unit: str
-    gain: float
-    baseline: float
-    rate: float
-    format: str
-    file: str
-    offset: int
-    column: int
-    checksum: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """A recording's rate in Hz, samples per channel at that rate (None if not stated) and channels."""
-
-    rate: float
-    samples: int | None
-    channels: tuple[Channel, ...]
-    comments: tuple[str, ...]
-    kind: Literal["wfdb", "atm"]
-
-    @property
-    def simulated(self) -> bool:
-        """True if the header says that physioray made the recording up."""
-        return any(SIMULATED_COMMENT in comment.lower() for comment in self.comments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +69,9 @@ def list_records(source: Location) -> list[RecordEntry]:
     """Find the recordings of a source, sorted by name.
 
     A RECORDS file says which they are (a line may name a folder, with or without its own RECORDS);
-    without one, every `.hea` file in the source and every `.info` beside a `.mat` of that name is one.
+    without one, every `.hea` file in the source, every `.info` beside a `.mat` of that name and every `.edf` is one.
+    An EDF+ hypnogram is part of its recording (see `data/hypnogram_files`); one that belongs to no recording is
+    listed, and rejected later on with that reason.
 
     Raises:
         StorageError: the source does not exist, cannot be read or holds no recording.
@@ -126,14 +84,23 @@ def list_records(source: Location) -> list[RecordEntry]:
             raise StorageError(f"A source must be a folder, but {source} is a file. Name the folder it lies in.")
         files = _list_files(source)
         paths = _follow_records(source, files, "") if "RECORDS" in files else _find_headers(files, "")
+        listed = [path for path in dict.fromkeys(paths) if is_edf(path) and not is_hypnogram(path)]
+        belonging = pair_hypnograms(source, listed, [path for path in files if is_hypnogram(path)])
     except StorageError:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{source} could not be read: {error}. Check the path and the permissions.") from error
     if not paths:
-        raise StorageError(f"A source must hold recordings (.hea files), but {source} has none. Check the path.")
-    entries = [RecordEntry(name=path.rsplit("/", 1)[-1], path=path) for path in dict.fromkeys(paths)]
-    return sorted(entries, key=lambda entry: (entry.name, entry.path))
+        raise StorageError(f"A source must hold recordings (.hea or .edf), but {source} has none. Check the path.")
+    known = set(belonging.values())
+    entries = [_make_entry(path, belonging) for path in dict.fromkeys(paths) if path not in known]
+    return sorted(entries, key=lambda entry: (entry.name, entry.path, entry.file))
+
+
+def _make_entry(path: str, belonging: dict[str, str]) -> RecordEntry:
+    file = path if is_edf(path) else ""
+    path = path.rsplit(".", 1)[0] if file else path
+    return RecordEntry(name=path.rsplit("/", 1)[-1], path=path, file=file, hypnogram=belonging.get(file, ""))
 
 
 def _list_files(source: Location) -> dict[str, int]:
@@ -150,12 +117,14 @@ def _follow_records(source: Location, files: dict[str, int], folder: str) -> lis
         if not name or name.startswith("#"):
             continue
         path = folder + name.rstrip("/")
-        if f"{path}.hea" in files or f"{path}.info" in files:
+        if f"{path}.hea" in files or f"{path}.info" in files or (is_edf(path) and path in files):
             paths.append(path)
         elif f"{path}/RECORDS" in files:
             paths += _follow_records(source, files, f"{path}/")
         elif any(file.startswith(f"{path}/") for file in files):
             paths += _find_headers(files, f"{path}/")
+        elif f"{path}.edf" in files:
+            paths.append(f"{path}.edf")
         else:
             # A recording that is promised and missing is rejected by name later on, not left out silently.
             paths.append(path)
@@ -165,8 +134,10 @@ def _follow_records(source: Location, files: dict[str, int], folder: str) -> lis
 def _find_headers(files: dict[str, int], folder: str) -> list[str]:
     inside = [file for file in files if file.startswith(folder)]
     exports = (file.removesuffix(".info") for file in inside if file.endswith(".info"))
-    return [file.removesuffix(".hea") for file in inside if file.endswith(".hea")] + [
-        path for path in exports if f"{path}.mat" in files and f"{path}.hea" not in files
+    return [
+        *(file.removesuffix(".hea") for file in inside if file.endswith(".hea")),
+        *(path for path in exports if f"{path}.mat" in files and f"{path}.hea" not in files),
+        *(file for file in inside if is_edf(file)),
     ]
 
 
@@ -182,28 +153,17 @@ def is_simulated(source: Location, entries: list[RecordEntry]) -> bool:
     return False
 
 
-def read_file(place: Location, remedy: str) -> bytes:
-    """Read one file of a recording.
-
-    Raises:
-        RejectedRecording: it is missing or cannot be read.
-    """
-    try:
-        return place.read_bytes()
-    except FileNotFoundError as error:
-        raise RejectedRecording(f"{place.name} must stand beside the header, but is missing. {remedy}") from error
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise RejectedRecording(f"{place.name} must be readable, but: {reason}. {remedy}") from error
-
-
 def read_header(source: Location, entry: RecordEntry) -> Header:
     """Read a recording's header.
 
     Raises:
-        RejectedRecording: it is missing, is no WFDB header, or does not state the sampling rate.
+        RejectedRecording: it is missing, is no WFDB or EDF header, or does not state the sampling rate.
     """
     place = source / f"{entry.path}.hea"
+    if entry.file or not place.exists():
+        for file in [entry.file] if entry.file else [f"{entry.path}.edf", f"{entry.path}.EDF"]:
+            if entry.file or (source / file).exists():
+                return read_edf_header(source / file)
     if not place.exists() and (source / f"{entry.path}.info").exists():
         return _parse_info((source / f"{entry.path}.info").read_text(), entry)
     text = read_file(place, "Download the recording again or take it out of RECORDS.").decode("utf-8", "replace")
@@ -312,15 +272,17 @@ def _parse_info(text: str, entry: RecordEntry) -> Header:
     return Header(rate=float(rate.group(1)), samples=int(size.group(2)), channels=channels, comments=(), kind="atm")
 
 
-def read_annotations(source: Location, entry: RecordEntry, rate: float) -> list[tuple[int, str]] | None:
-    """Notes of a recording's `.arousal` file in order of time: sample at `rate` Hz, and text.
+def read_annotations(
+    source: Location, entry: RecordEntry, rate: float, kind: str = "arousal"
+) -> list[tuple[int, str]] | None:
+    """Notes of a recording's `.arousal` (or `.st`) file in order of time: sample at `rate` Hz, and text.
 
     None if the recording has no such file.
 
     Raises:
         RejectedRecording: the file is no WFDB annotation file.
     """
-    place = source / f"{entry.path}.arousal"
+    place = source / f"{entry.path}.{kind}"
     if not place.exists():
         return None
     content = read_file(place, "Download it again.")
@@ -328,8 +290,8 @@ def read_annotations(source: Location, entry: RecordEntry, rate: float) -> list[
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "notes.arousal").write_bytes(content)
-            notes = wfdb.rdann(str(Path(folder, "notes")), "arousal")
+            Path(folder, f"notes.{kind}").write_bytes(content)
+            notes = wfdb.rdann(str(Path(folder, "notes")), kind)
         ratio = rate / notes.fs if notes.fs else 1.0
         pairs = zip(notes.sample, notes.aux_note, strict=True)
         return sorted((round(int(sample) * ratio), note.strip().strip("\x00")) for sample, note in pairs)

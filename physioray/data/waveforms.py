@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int16
 
-from physioray.data.records import Header, RecordEntry, RejectedRecording, read_file
+from physioray.data.edf import read_edf_samples
+from physioray.data.edf_notes import Stretch
+from physioray.data.headers import Header, RecordEntry, RejectedRecording, read_file
 from physioray.storage import Location
 
 _LOCAL_PIECE = 2 * 2**20
@@ -38,11 +40,13 @@ class Waveforms:
         samples: `(samples,)` per channel: int16 as digitised, or float32 in the channel's unit.
         sha256: hash of the signal files, the same for the same recording under another name.
         warnings: what is odd but harmless.
+        stretches: when the signal was recorded (EDF+D); empty if it was without a gap.
     """
 
     samples: dict[int, Samples]
     sha256: str
     warnings: tuple[str, ...]
+    stretches: tuple[Stretch, ...] = ()
 
 
 def read_waveforms(source: Location, entry: RecordEntry, header: Header, numbers: Sequence[int]) -> Waveforms:
@@ -58,6 +62,14 @@ def read_waveforms(source: Location, entry: RecordEntry, header: Header, numbers
     folder = source / entry.path.rsplit("/", 1)[0] if "/" in entry.path else source
     wanted = [header.channels[number] for number in numbers]
     files = {channel.file for channel in wanted}
+    if header.kind == "edf":
+        content = read_edf_samples(folder / header.channels[0].file, header, numbers)
+        return Waveforms(
+            samples=dict(content.samples),
+            sha256=content.sha256,
+            warnings=header.warnings + content.warnings,
+            stretches=content.stretches,
+        )
     if header.kind == "atm":
         return _read_export(folder, header, numbers)
     inside = [channel for channel in header.channels if channel.file in files]
