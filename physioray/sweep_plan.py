@@ -9,6 +9,9 @@ from typing import Any, Literal
 from physioray.search_space import Settings, Space, check_space, flatten_settings, list_grid
 from physioray.storage import as_json
 
+EPOCH = "epoch"
+"""Passes over the data at the time of a report."""
+
 SECONDS = "seconds"
 """A metric that every trial reports by itself: seconds of work so far, over all attempts."""
 

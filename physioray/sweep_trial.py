@@ -13,10 +13,9 @@ from physioray.search_space import Settings, apply_parameters
 from physioray.storage import Location
 from physioray.sweep_journal import SweepJournal
 from physioray.sweep_lease import RUNNING_FILE, end_if_lost, hold
-from physioray.sweep_plan import SECONDS
+from physioray.sweep_plan import EPOCH, SECONDS
 
 RUN = "run"
-EPOCH = "epoch"
 
 
 class TrialStopped(Exception):
@@ -55,7 +54,7 @@ class Trial:
     channel: Channel = field(repr=False)
     token: str = field(repr=False)
     reports: list[dict[str, float]] = field(default_factory=list, repr=False)
-    began: float = field(default_factory=time.monotonic, repr=False)
+    began: float = field(default_factory=time.time, repr=False)
     before: float = field(default=0.0, repr=False)
 
     def report(self, *, epoch: float, **metrics: float) -> None:
@@ -76,7 +75,7 @@ class Trial:
                 raise ValueError(f"A trial must report finite numbers, but got {name} = {value!r} at pass {epoch:g}.")
         if self.reports and epoch <= self.reports[-1][EPOCH]:
             return
-        spent = self.before + time.monotonic() - self.began
+        spent = self.before + max(0.0, time.time() - self.began)
         line = {name: float(value) for name, value in metrics.items()} | {EPOCH: float(epoch), SECONDS: spent}
         self.reports.append(line)
         end_if_lost(self.journal.folder, self.token)
@@ -114,7 +113,7 @@ def run_attempt(
 
     Raises:
         TrialStopped: the scheduler gave the trial up.
-        ValueError: the trial returned without a report.
+        Exception: what the trial raised; it is committed among the trial's failures.
     """
     record = journal.read_trial(number)
     assert record is not None, "a trial is planned before it starts"
@@ -137,10 +136,15 @@ def run_attempt(
             before=reports[-1][SECONDS] if reports else 0.0,
             **grants,
         )
-        run_trial(trial)
+        try:
+            run_trial(trial)
+        except TrialStopped:
+            raise
+        except Exception as error:
+            watch()
+            journal.write_failures(number, (*record.failures, f"{type(error).__name__}: {error}"))
+            raise
         # Other processes of the trial may have reported in its name.
         reports, _ = journal.read_reports(number)
-        if not reports:
-            raise ValueError("A trial must report at least once, but its function returned without a report.")
         watch()
         journal.write_reports(number, reports, ended=True)
