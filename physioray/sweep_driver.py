@@ -86,7 +86,7 @@ class SweepDriver:
         self.total = plan.count_trials()
         self.records = {record.number: record for record in journal.read_trials()}
         self.rule = StoppingRule(plan)
-        self.events = SweepEvents(journal.folder, plan.base)
+        self.events = SweepEvents(journal.folder, plan.base, simulated=plan.simulated)
         self.metrics = list_metrics(tuple(objective.metric for objective in plan.objectives))
         self.running: set[int] = set()
         self.stopped: set[int] = set()
