@@ -130,9 +130,10 @@ def _run_trials(
             _attempt, run_trial=run_trial, base=driver.plan.base, journal=driver.journal, token=token, grants=grants
         )
         alone = resources.workers == 1
-        request = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else {"CPU": 0}
+        # The process that waits for its workers needs no CPU, but Ray Tune refuses to reserve nothing at all.
+        wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else {"memory": 1}
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(attempt, {name: count for name, count in request.items() if count or not alone}),
+            ray.tune.with_resources(attempt, {name: count for name, count in wanted.items() if count}),
             tune_config=ray.tune.TuneConfig(
                 search_alg=_Search(driver, room), scheduler=_Scheduler(driver), num_samples=-1, reuse_actors=alone
             ),

@@ -11,6 +11,7 @@ Every file is written whole or not at all, on a folder as on a bucket. Nothing i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -199,7 +200,7 @@ class SweepJournal:
         return sorted((record for record in records if record is not None), key=lambda record: record.number)
 
 
-def read_sweep(out: str | Location) -> SweepResult:
+def read_sweep(out: str | os.PathLike[str] | Location) -> SweepResult:
     """Read a sweep, running or ended, from its folder alone; neither Ray nor Optuna is needed.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -31,7 +32,7 @@ SHOWN = 10
 """Trials in the table of the best."""
 
 
-def write_sweep_report(out: str | Location) -> Location:
+def write_sweep_report(out: str | os.PathLike[str] | Location) -> Location:
     """Write `sweep.html` into a sweep's folder: best trials, importance, history, slices, parallel coordinates.
 
     Works while the sweep runs, and after; nothing is computed anew.

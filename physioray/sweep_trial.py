@@ -60,11 +60,13 @@ class Trial:
     def report(self, *, epoch: float, **metrics: float) -> None:
         """Tell the sweep how well the trial does after so many passes. It is committed before this returns.
 
-        A pass that an earlier attempt has reported already is not reported again.
+        A pass that was reported already, by this attempt or an earlier one, is not counted again. So a trial that goes
+        on from a checkpoint reports first what the checkpoint holds: it may have been interrupted between the two.
 
         Args:
             epoch: passes over the data so far; must rise from report to report.
-            metrics: scores by name; those that the plan seeks must be among the last report's.
+            metrics: scores by name; those that the plan seeks must be among the last report's. An interval of `score`
+                is reported as `score_low` and `score_high`, and then drawn.
 
         Raises:
             TrialStopped: the scheduler gives the trial up.
