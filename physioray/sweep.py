@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,13 +23,14 @@ import ray
 import ray.tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from physioray.distribute import Resources, join_cluster
 from physioray.journal import Screen
 from physioray.storage import Location, open_location
 from physioray.sweep_driver import SweepDriver
 from physioray.sweep_journal import SweepJournal, SweepResult, read_sweep
-from physioray.sweep_lease import RUNNING_FILE, own_sweep, wait_until_free
+from physioray.sweep_lease import RUNNING_FILE, is_held, own_sweep, wait_until_free
 from physioray.sweep_plan import SweepPlan
 from physioray.sweep_report import IMPORTANCE_FILE, write_sweep_report
 from physioray.sweep_search import measure_importance
@@ -36,6 +38,9 @@ from physioray.sweep_trial import RunTrial, TrialStopped, run_attempt
 
 LINE = "line/"
 """Reports travel under this prefix, apart from the metrics that Ray Tune adds by itself."""
+
+GROUP = "workers_group"
+"""Reports of a trial with workers of its own also say which placement group these stand in."""
 
 SETTLE_SECONDS = 5.0
 """How long other workers of a trial may outlive its process; 0.2 to 0.8 s were measured."""
@@ -245,13 +250,33 @@ class _Scheduler(FIFOScheduler):
         if not line:
             return TrialScheduler.CONTINUE
         number = trial.config["number"]
-        if number in self.driver.stopped:
-            return TrialScheduler.STOP
-        return TrialScheduler.STOP if self.driver.take_report(number, line) else TrialScheduler.CONTINUE
+        if number not in self.driver.stopped and not self.driver.take_report(number, line):
+            return TrialScheduler.CONTINUE
+        if result.get(GROUP) is not None:
+            lease = self.driver.journal.find_trial(number) / RUNNING_FILE
+            threading.Thread(target=_free_group, args=(result[GROUP], lease), daemon=True).start()
+        return TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_error(tune_controller, trial)
         self.driver.deaths[trial.config["number"]] = _read_death(trial)
+
+
+def _free_group(group: str, lease: Location) -> None:
+    """Give back the places of a stopped trial's workers, once the trial's own process is gone.
+
+    Ray Train leaves that to a helper which asks Ray's dashboard, and without one the places are lost. As long as the
+    trial's process lives it would take the loss of its workers for a failure, and start others.
+    """
+    until = time.monotonic() + 3.0
+    while time.monotonic() < until and is_held(lease, lease=1.0):
+        time.sleep(0.1)
+    time.sleep(0.5)
+    try:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+    except (ray.exceptions.RayError, ValueError):
+        # Somebody was faster.
+        return
 
 
 def _read_death(trial: Any) -> str:
@@ -288,7 +313,9 @@ class _QueueChannel:
         self.queue = queue
 
     def send(self, line: Mapping[str, float]) -> None:
-        self.queue.put({f"{LINE}{name}": value for name, value in line.items()})
+        group = ray.util.get_current_placement_group()
+        told = {GROUP: None if group is None else group.id.hex()}
+        self.queue.put(told | {f"{LINE}{name}": value for name, value in line.items()})
 
 
 def _attempt(
