@@ -302,8 +302,9 @@ class _TuneChannel:
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
         from ray.train._internal.session import get_session
 
+        session: Any = get_session()
         # Private, but what Ray's own TuneReportCallback uses; public ways go through Ray Train's report alone.
-        return (_QueueChannel, (get_session()._get_or_create_inter_actor_queue(),))
+        return (_QueueChannel, (session._get_or_create_inter_actor_queue(),))
 
 
 class _QueueChannel:

@@ -38,10 +38,10 @@ class StoppingRule:
 
     def __init__(self, plan: SweepPlan) -> None:
         sought, config = plan.objectives[0], plan.scheduler
-        common = {"time_attr": EPOCH, "metric": sought.metric, "mode": sought.mode}
+        common: dict[str, Any] = {"time_attr": EPOCH, "metric": sought.metric, "mode": sought.mode}
         # Whoever has come to the last rung has done all its passes: there is nothing left to save.
         self.last_pass = float(config.most_passes) if isinstance(config, AshaConfig) else float("inf")
-        self.inner: TrialScheduler | None = None
+        self.inner: Any = None
         if isinstance(config, AshaConfig):
             self.inner = AsyncHyperBandScheduler(
                 **common,
@@ -58,7 +58,7 @@ class StoppingRule:
         self.judged: dict[int, tuple[float, bool]] = {}
 
     def judge(self, number: int, line: Mapping[str, float]) -> bool:
-        """True if the trial is to be given up after this report; a report that was judged before is not counted again."""
+        """True if the trial is to be given up after this report; one that was judged before is not counted again."""
         if self.inner is None or line[EPOCH] >= self.last_pass:
             return False
         if number not in self.known:

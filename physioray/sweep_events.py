@@ -46,7 +46,8 @@ class SweepEvents:
 
         self.close(record.number)
         shutil.rmtree(self._find(record), ignore_errors=True)
-        writer = SummaryWriter(self._find(record))
+        # Typed as anything: the summaries of the HPARAMS tab go through a part that torch does not describe.
+        writer: Any = SummaryWriter(self._find(record))
         flat = flatten_settings(apply_parameters(self.base, record.parameters))
         cells = {name: _to_cell(value) for name, value in flat.items()}
         first = tuple(record.parameters)

@@ -237,9 +237,7 @@ def plot_tradeoff(result: SweepResult, first: Objective, second: Objective) -> s
         signs = np.array([-1.0 if item.mode == "max" else 1.0 for item in (second, first)])
         costs = points * signs
         front = [
-            place
-            for place, cost in enumerate(costs)
-            if not ((costs <= cost).all(1) & (costs < cost).any(1)).any()
+            place for place, cost in enumerate(costs) if not ((costs <= cost).all(1) & (costs < cost).any(1)).any()
         ]
         front.sort(key=lambda place: points[place][0])
         axes.plot(*points[front].T, color=ORANGE, ls="--", marker="o", markersize=6)

@@ -47,9 +47,7 @@ def write_sweep_report(out: str | os.PathLike[str] | Location) -> Location:
         StorageError: there is no sweep.
     """
     result = read_sweep(out)
-    importance = (
-        (result.folder / IMPORTANCE_FILE).read_json() if (result.folder / IMPORTANCE_FILE).exists() else {}
-    )
+    importance = (result.folder / IMPORTANCE_FILE).read_json() if (result.folder / IMPORTANCE_FILE).exists() else {}
     text = resources.files("physioray.templates").joinpath(TEMPLATE).read_text("utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
     place = result.folder / SWEEP_PAGE
@@ -150,6 +148,8 @@ def describe_sweep(result: SweepResult) -> str:
         if trial.state == "failed":
             console.print(f"Trial {trial.number} failed: {trial.reason}", markup=False)
     if command := fill_command(result):
-        console.print("Scores above are of validation subjects. Evaluate the best on test subjects, once:", markup=False)
+        console.print(
+            "Scores above are of validation subjects. Evaluate the best on test subjects, once:", markup=False
+        )
         console.print(f"  {command}", markup=False, soft_wrap=True)
     return sink.getvalue()

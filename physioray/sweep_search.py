@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as StudyState
 
@@ -48,7 +49,9 @@ def build_study(
     plan: SweepPlan, records: Sequence[TrialRecord], sampler: optuna.samplers.BaseSampler | None = None
 ) -> optuna.Study:
     """The Optuna study of a sweep's trials, in memory: finished, stopped, failed and running ones by number."""
-    directions = ["maximize" if objective.mode == "max" else "minimize" for objective in plan.objectives]
+    directions = [
+        StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE for objective in plan.objectives
+    ]
     study = optuna.create_study(directions=directions, sampler=sampler)
     for record in sorted(records, key=lambda record: record.number):
         study.add_trial(_freeze(plan, record))

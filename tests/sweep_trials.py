@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,18 +100,10 @@ def sweep_by_hand(plan: SweepPlan, run_trial: RunTrial, out: Any) -> SweepResult
     with own_sweep(folder) as token:
         driver = SweepDriver(plan, journal)
         while (number := driver.start_trial()) is not None:
-            try:
-                run_attempt(
-                    number,
-                    run_trial,
-                    base=plan.base,
-                    journal=journal,
-                    channel=ByHand(driver, number),
-                    token=token,
-                    grants={},
-                )
-            except Exception:
-                pass
+            channel = ByHand(driver, number)
+            # What a trial raises is in its folder; the driver reads it there.
+            with suppress(Exception):
+                run_attempt(number, run_trial, base=plan.base, journal=journal, channel=channel, token=token, grants={})
             driver.end_attempt(number)
     return read_sweep(folder)
 
@@ -120,7 +113,13 @@ def main() -> None:
     from physioray.sweep import run_sweep
 
     out, sampler, concurrent = sys.argv[1:]
-    sys.exit(guard(lambda: run_sweep(make_plan(sampler), fit_logistic, out, concurrent=int(concurrent)) and None))
+    # Halving depends on who comes first, and of two grid trials at a time either may.
+    plan = make_plan(sampler, **({"scheduler": None} if sampler == "grid" else {}))
+
+    def run() -> None:
+        run_sweep(plan, fit_logistic, out, concurrent=int(concurrent))
+
+    sys.exit(guard(run))
 
 
 if __name__ == "__main__":

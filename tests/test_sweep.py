@@ -34,8 +34,9 @@ def test_a_serial_sweep_on_the_cluster_is_the_one_by_hand_and_keeps_its_process_
     from physioray.sweep import run_sweep
 
     class Lines:
-        counts: list[tuple[int, int, str]] = []
-        said: list[str] = []
+        def __init__(self) -> None:
+            self.counts: list[tuple[int, int, str]] = []
+            self.said: list[str] = []
 
         def update(self, done: int, total: int, note: str = "") -> None:
             self.counts.append((done, total, note))
