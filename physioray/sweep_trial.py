@@ -106,10 +106,8 @@ def run_attempt(
 
     Args:
         number: a planned trial.
-        run_trial: runs it.
-        base: settings of which the trial changes those in the space.
-        journal: of the sweep.
-        channel: takes the reports.
+        run_trial, base, journal, channel: the function, the settings that the trial changes, the sweep's folder, and
+            what takes the reports.
         token: of the sweep's owner; this process ends itself when the sweep gets another.
         grants: `workers`, `cpus_per_worker` and `gpus_per_worker`.
 

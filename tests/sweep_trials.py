@@ -38,14 +38,15 @@ def make_plan(sampler: str = "tpe", **changes: Any) -> SweepPlan:
     space: Any = {"fit.learning_rate": loguniform(1e-3, 3.0), "fit.penalty": loguniform(1e-4, 1.0)}
     if sampler == "grid":
         space = {"fit.learning_rate": uniform(0.1, 0.9, step=0.4), "fit.penalty": uniform(0.01, 0.02, step=0.01)}
-    settings = {
+    settings: dict[str, Any] = {
+        "space": space,
         "base": {"fit": FitConfig()},
         "objectives": (Objective(metric="score"),),
         "trials": 6,
         "scheduler": AshaConfig(grace_passes=1, most_passes=PASSES, reduction=2),
         "simulated": True,
     }
-    return SweepPlan(space=space, sampler=sampler, **(settings | changes))
+    return SweepPlan(sampler=sampler, **(settings | changes))
 
 
 def fit_logistic(trial: Trial) -> None:
