@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -48,6 +49,13 @@ _STYLE: Any = {
     "legend.frameon": False,
     "path.simplify_threshold": 0.6,
 }
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """The look of all figures, for what is drawn in the body."""
+    with matplotlib.rc_context(_STYLE):
+        yield
 
 
 def render_svg(figure: Figure, name: str) -> str:

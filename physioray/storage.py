@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -179,6 +179,29 @@ def hash_bytes(content: bytes | pa.Buffer) -> str:
 def hash_value(value: Any) -> str:
     """SHA-256 of a value's JSON form, the same on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def list_differences(
+    known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "", *, skip: Sequence[str] = ()
+) -> list[str]:
+    """What differs between two nested mappings, a phrase per entry; the names in `skip` may differ."""
+    found = []
+    for key in sorted(set(known) | set(wanted)):
+        if key in skip or known.get(key) == wanted.get(key):
+            continue
+        before, now = known.get(key), wanted.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += list_differences(before, now, f"{prefix}{key}.", skip=skip)
+        else:
+            found.append(f"{prefix}{key} was {before!r} and is now {now!r}")
+    return found
 
 
 def commit_folder(folder: Location, names: Iterable[str] | None = None, **facts: Any) -> None:

@@ -13,6 +13,9 @@ SOURCES = sorted(path for folder in ("physioray", "experiments") for path in (RO
 KNOWS_THE_CLUSTER = {
     "physioray.cli",
     "physioray.sweep",
+    # The sweep's own two halves: what decides (Optuna, Tune's schedulers) stands apart from what runs (Tune).
+    "physioray.sweep_driver",
+    "physioray.sweep_search",
     "physioray.distribute",
     "physioray.data.shards",
     "physioray.data.stream",

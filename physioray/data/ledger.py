@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 from physioray.config import IngestConfig, to_dict
 from physioray.data.hypnogram_files import list_tables
 from physioray.data.records import RecordEntry
-from physioray.storage import Location, hash_value
+from physioray.storage import Location, as_json, hash_value, list_differences
 
 CONVERSION_VERSION = 2
 """Raised whenever the same recording and settings would give another shard: such cohorts must not be mixed."""
@@ -124,33 +124,13 @@ def claim_cohort(cohort: Location, identity: Mapping[str, Any]) -> None:
         place.write_json(identity)
         return
     known = place.read_json()
-    wanted = dict(identity) | {"settings": _as_json(identity["settings"])}
-    differing = _list_differences(known, wanted)
+    wanted = dict(identity) | {"settings": as_json(identity["settings"])}
+    differing = list_differences(known, wanted, skip=("settings_hash",))
     if differing:
         raise IngestError(
             f"{cohort} was ingested otherwise and is not mixed: {'; '.join(differing)}. "
             "Name another cohort folder, or ingest with the former settings."
         )
-
-
-def _as_json(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _list_differences(known: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(set(known) | set(wanted)):
-        if key == "settings_hash" or known.get(key) == wanted.get(key):
-            continue
-        before, now = known.get(key), wanted.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _list_differences(before, now, f"{prefix}{key}.")
-        else:
-            found.append(f"{prefix}{key} was {before!r} and is now {now!r}")
-    return found
 
 
 def key_entries(entries: Sequence[RecordEntry]) -> dict[str, RecordEntry]:
