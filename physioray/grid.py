@@ -255,11 +255,11 @@ class Grid:
 
     def _find_train(self, name: str) -> TrainConfig:
         train = find_strategy(name).fit_train(find_preset(self.config.sizes).train)
-        return train if self.config.passes is None else _shorten(train, self.config.passes)
+        return train if self.config.passes is None else shorten(train, self.config.passes)
 
     def _finetuning(self) -> TrainConfig:
         train = find_preset(self.config.sizes).finetune
-        return train if self.config.finetune_passes is None else _shorten(train, self.config.finetune_passes)
+        return train if self.config.finetune_passes is None else shorten(train, self.config.finetune_passes)
 
 
 def run_work(
@@ -306,7 +306,7 @@ def explain_block(item: Work, failures: Mapping[Work, str]) -> str:
     return ""
 
 
-def _shorten(train: TrainConfig, passes: int) -> TrainConfig:
+def shorten(train: TrainConfig, passes: int) -> TrainConfig:
     """The same training over fewer passes, with no longer a warm-up than half of them."""
     return replace(train, passes=passes, warmup_passes=min(train.warmup_passes, passes / 2))
 

@@ -179,35 +179,36 @@ def _break_name(name: str) -> str:
 
 
 def plot_field(result: SweepResult, objective: Objective) -> str | None:
-    """Score against one setting, with intervals, and a line for each value of a second one that is a choice.
+    """Score against one numeric setting, with intervals, and a line for every combination of the others' values.
 
-    Intervals are those that the trials report as `METRIC_low` and `METRIC_high`; where trials repeat a value, points
-    are means and, without reported intervals, bars reach from the least to the greatest. None for other sweeps.
+    The setting is the numeric one with the most values. Intervals are those that the trials report as `METRIC_low` and
+    `METRIC_high`; where trials repeat a value, points are means and, without reported intervals, bars reach from the
+    least to the greatest. None where there would be more lines than can be told apart.
     """
     axes_of = _list_axes(result)
-    numeric = [axis for axis in axes_of if axis.labels is None]
-    lines = [axis for axis in axes_of if axis.labels is not None]
     trials = _list_scored(result, objective.metric, "finished")
-    if not trials or len(axes_of) > 2 or len(numeric) != 1 or len(axes_of) != len(numeric) + len(lines):
+    numeric = [axis for axis in axes_of if axis.labels is None]
+    if not trials or not numeric:
         return None
-    axis = numeric[0]
+    axis = max(numeric, key=lambda one: len({trial.parameters[one.name] for trial in trials}))
+    others = [one.name for one in axes_of if one is not axis]
+    groups: dict[tuple[str, ...], list[TrialRecord]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        groups.setdefault(tuple(_label(trial.parameters[name]) for name in others), []).append(trial)
+    if len(groups) > len(LINES):
+        return None
     with figure_style():
         figure = Figure(figsize=(6.4, 3.9), layout="constrained")
         axes = figure.add_subplot()
-        labels = lines[0].labels if lines and lines[0].labels is not None else [""]
-        for place, label in enumerate(labels):
-            own = [trial for trial in trials if not lines or _label(trial.parameters[lines[0].name]) == label]
-            colour, dash, mark = LINES[place % len(LINES)]
+        for (labels, own), (colour, dash, mark) in zip(groups.items(), LINES, strict=False):
             points = _gather_points(axis, own, objective.metric)
-            if not points:
-                continue
             spots, means, lows, highs = (np.array(column) for column in zip(*points, strict=True))
-            title = f"{lines[0].name} {label}" if lines else None
-            axes.plot(spots, means, color=colour, ls=dash, marker=mark, markersize=5, label=title)
+            title = ", ".join(f"{name.rsplit('.', 1)[-1]} {label}" for name, label in zip(others, labels, strict=True))
+            axes.plot(spots, means, color=colour, ls=dash, marker=mark, markersize=5, label=title or None)
             axes.vlines(spots, lows, highs, color=colour, lw=1.2)
         axis.style(axes)
         axes.set_ylabel(objective.metric)
-        if lines:
+        if others:
             figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         return render_svg(figure, f"field-{objective.metric}")
 
