@@ -19,6 +19,7 @@ from physioray.results import (
     SCRATCH,
     ScoreRow,
 )
+from physioray.paper.reference import read_paper
 from physioray.signals import TASKS, find_task
 
 FEATURE_TITLES = {"pretrained": "Pretrained encoder", "untrained": "Untrained encoder", "band_powers": "Band powers"}
@@ -32,10 +33,9 @@ EVALUATION_TITLES = {
 
 PAPER_TITLE = "Fang et al. 2024, Table 1, pretrained on all modalities: other data (500 training subjects)"
 PAPER_SCORES: Mapping[str, tuple[float, float]] = {
-    "sleep": (0.744, 0.001),
-    "age": (0.719, 0.002),
-    "arousal": (0.637, 0.081),
-    AGGREGATE: (1.144, 0.090),
+    column.task: (cell.value, cell.spread)
+    for column, cell in read_paper().find_table(1).list_cells("multimae_drop", "probe")
+    if cell.value is not None and cell.spread is not None
 }
 """Balanced accuracy and spread over seeds of arXiv 2410.16424, Table 1, 'Pretrained All'."""
 
@@ -132,7 +132,7 @@ def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
     lines = []
     for key in _list_keys(mine):
         members = [row for row in mine if _key(row) == key]
-        cells = [_merge([row for row in members if row.training_subjects == size]) for size in sizes]
+        cells = [merge_seeds([row for row in members if row.training_subjects == size]) for size in sizes]
         lines.append(_make_line(key, cells))
     return ScoreTable(columns=tuple(f"{size} subjects" for size in sizes), rows=tuple(lines))
 
@@ -141,7 +141,7 @@ def _tabulate(rows: Sequence[ScoreRow], columns: Sequence[tuple[str, str]], titl
     lines = []
     for key in _list_keys(rows):
         members = [row for row in rows if _key(row) == key]
-        cells = [_merge([row for row in members if (row.task, row.metric) == column]) for column in columns]
+        cells = [merge_seeds([row for row in members if (row.task, row.metric) == column]) for column in columns]
         if any(cell.value is not None for cell in cells):
             lines.append(_make_line(key, cells))
     return ScoreTable(columns=tuple(titles), rows=tuple(lines))
@@ -179,8 +179,8 @@ def _keep_largest(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
     ]
 
 
-def _merge(rows: Sequence[ScoreRow]) -> Cell:
-    """One cell of the rows of all seeds."""
+def merge_seeds(rows: Sequence[ScoreRow]) -> Cell:
+    """One cell of the rows of one score under all its seeds."""
     known = [row for row in rows if row.value is not None]
     note = next((row.note for row in rows if row.note), "")
     if not known:
