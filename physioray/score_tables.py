@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from physioray.metrics import AGGREGATE, METRICS, find_metric
+from physioray.paper.reference import read_paper
 from physioray.results import (
     CONVERGED,
     CROSS_VALIDATION,
@@ -19,7 +20,6 @@ from physioray.results import (
     SCRATCH,
     ScoreRow,
 )
-from physioray.paper.reference import read_paper
 from physioray.signals import TASKS, find_task
 
 FEATURE_TITLES = {"pretrained": "Pretrained encoder", "untrained": "Untrained encoder", "band_powers": "Band powers"}

@@ -299,7 +299,7 @@ def _fill_scopes(book: ScoreBook, paper: PaperTables, context: TableContext) -> 
                     FilledRow(
                         group=row.group,
                         title=row.title,
-                        evaluation=LINE_TITLES[evaluation] if evaluation in LINE_TITLES else evaluation,
+                        evaluation=LINE_TITLES.get(evaluation, evaluation),
                         headline=number == 0,
                         published=False,
                         cells=tuple(_fill_cell(pick, PaperCell(value=None), context) for pick in picks),
