@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from physioray.compare import PairedDifference
 from physioray.metrics import AGGREGATE, METRICS
-from physioray.paper.levels import CLOSE, End
+from physioray.paper.levels import CLOSE, NOT_RUN, End
 from physioray.paper.reference import PROBE
 from physioray.signals import TASKS
 
-HELD, NOT_HELD, CANNOT_TELL, NOT_RUN = "held", "not held", "cannot be told", "not run"
+HELD, NOT_HELD, CANNOT_TELL = "held", "not held", "cannot be told"
 VERDICTS = (HELD, NOT_HELD, CANNOT_TELL, NOT_RUN)
 
 MINUS = "\N{MINUS SIGN}"

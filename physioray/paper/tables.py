@@ -120,7 +120,8 @@ class FilledTable:
     Attributes:
         name: `Table 1` ... `Table 7`, or of a further table.
         title: what it compares.
-        heading: sentences on the cohort, whether it is simulated, and the training-set sizes.
+        heading: sentences on the cohort, whether it is simulated, and the protocol; the same for all tables.
+        sizes: sentence on the training-set sizes, the paper's and ours.
         columns, rows: the paper's in its order, then ours.
         notes: sentences below the table.
         simulated: True for simulated nights.
@@ -131,6 +132,7 @@ class FilledTable:
     heading: tuple[str, ...]
     columns: tuple[FilledColumn, ...]
     rows: tuple[FilledRow, ...]
+    sizes: str = ""
     notes: tuple[str, ...] = ()
     simulated: bool = False
 
@@ -204,7 +206,8 @@ def _fill_table(book: ScoreBook, table: PaperTable, context: TableContext) -> Fi
     return FilledTable(
         name=f"Table {table.number}",
         title=table.title,
-        heading=(*describe_context(context, book), _describe_levels(book, table, end, picks)),
+        heading=tuple(describe_context(context, book)),
+        sizes=_describe_levels(book, table, end, picks),
         columns=tuple(_title_column(column) for column in columns),
         rows=tuple(rows),
         notes=_list_notes(table),
