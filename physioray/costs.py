@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from physioray.grid import Grid, Work
+from physioray.grid import Grid
 from physioray.models.heads import Classifier
 from physioray.objectives.classification import WeightedCrossEntropy
 from physioray.progress import format_seconds
@@ -18,6 +18,7 @@ from physioray.signals import find_modality, find_task
 from physioray.strategies import build_model, build_objective
 from physioray.tensors import Draw, WindowTensors
 from physioray.train import Objective
+from physioray.work import Work
 
 MEASURED_WINDOWS = 16
 PROBE_SECONDS = 5.0

@@ -20,11 +20,12 @@ from ray.train.torch import TorchTrainer
 
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
-from physioray.grid import Grid, Work, explain_block, run_work
+from physioray.grid import Grid
 from physioray.journal import AfterPass, Screen
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.storage import open_location
 from physioray.train import TrainResult
+from physioray.work import Work, explain_block, run_work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,31 +8,26 @@ nothing of each other but their steps, so that they run one after the other, man
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from physioray.config import TrainConfig, to_dict
 from physioray.data.cohort import Cohort
 from physioray.data.splits import Fold
-from physioray.evaluate import Evaluation, aggregate_rows
+from physioray.evaluate import Evaluation
 from physioray.finetune import FinetuneJob, FinetuneResult, evaluate_finetuning
 from physioray.grid_plan import FLOORS, GridConfig, GridPlan, plan_grid
 from physioray.journal import Screen
-from physioray.metrics import AGGREGATE
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, fit_modalities, pretrain
 from physioray.pretrainings import Pretraining, describe_pretraining, pretrain_once
-from physioray.results import PROBES, ScoreRow, prediction_schema
+from physioray.results import PROBES
 from physioray.stages import (
     VERSIONS,
     Description,
     describe_bands,
+    describe_probe,
     describe_training,
     embed_pretrained,
     embed_untrained,
@@ -41,42 +36,11 @@ from physioray.stages import (
     probe_once,
     save_evaluation,
 )
-from physioray.steps import Step, StepStore
+from physioray.steps import Step, StepDamaged, StepStore
 from physioray.storage import Location, open_location
 from physioray.strategies import ModelSettings, find_strategy
 from physioray.study import find_labelled_windows
-
-Kind = Literal["pretrain", "probe", "train"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One piece of the grid.
-
-    Attributes:
-        kind: what is done.
-        strategy: a name of `strategies.STRATEGIES`, or of a floor.
-        task, seed, fold, size: where they matter; `size` is the number of training subjects asked for.
-        passes: over how many windows in all, for judging time.
-        windows: see `passes`.
-    """
-
-    kind: Kind
-    strategy: str
-    task: str = ""
-    seed: int = 0
-    fold: int = 0
-    size: int = 0
-    passes: int = 0
-    windows: int = 0
-
-    @property
-    def title(self) -> str:
-        """The piece in words, for a line of progress."""
-        parts = [self.kind, self.strategy, self.task]
-        parts += [f"seed {self.seed}"] if self.kind == "train" else []
-        parts += [f"{self.size} subjects"] if self.size else []
-        return " ".join(part for part in parts if part)
+from physioray.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +112,32 @@ class Grid:
         else:
             self._train(store, work, screen)
 
+    def list_missing(self) -> list[Work]:
+        """The work that is not done yet; a damaged step counts as missing, and will say so when it is asked for."""
+        store = self.open_store()
+        missing: list[Work] = []
+        for work in self.list_work():
+            if any(other.kind == "pretrain" and other.strategy == work.strategy for other in missing):
+                missing.append(work)
+                continue
+            try:
+                done = self.is_done(work, store)
+            except StepDamaged:
+                done = False
+            if not done:
+                missing.append(work)
+        return missing
+
     def is_done(self, work: Work, store: StepStore) -> bool:
-        """True if a training on a task stands in the store."""
+        """True if a piece of work stands in the store; what it rests on must stand there."""
+        if work.kind == "pretrain":
+            return self.is_pretrained(work.strategy, store)
+        if work.kind == "probe":
+            described = self.describe_windows(store, work.strategy)
+            step = describe_probe(
+                described, self.plan.cohort, self.config.probe, *self._find_people(work.size), evaluations=PROBES
+            )
+            return store.find(step) is not None
         job, pretraining = self._make_training(store, work)
         return store.find(describe_training(job, self.plan.cohort.fingerprint, pretraining)) is not None
 
@@ -185,16 +173,22 @@ class Grid:
     def probe(self, store: StepStore, name: str, size: int, screen: Screen | None = None) -> Evaluation:
         """Probe scores of a strategy or floor at a training-set size, fitted now or found."""
         plan = self.plan
+        folds, subsets = self._find_people(size)
         return probe_once(
             store,
             self.describe_windows(store, name, screen),
             plan.cohort,
             self.config.probe,
-            folds=plan.folds_of(size),
-            subsets=None if plan.protocol.folds is not None else {size: plan.subsets[size]},
+            folds=folds,
+            subsets=subsets,
             evaluations=PROBES,
             screen=screen,
         )
+
+    def _find_people(self, size: int) -> tuple[dict[int, list[Fold]] | None, dict[int, tuple[str, ...]] | None]:
+        """Folds, or training subjects of a held-out evaluation."""
+        plan = self.plan
+        return plan.folds_of(size), None if plan.protocol.folds is not None else {size: plan.subsets[size]}
 
     def _train(self, store: StepStore, work: Work, screen: Screen | None) -> FinetuneResult:
         job, pretraining = self._make_training(store, work)
@@ -262,136 +256,6 @@ class Grid:
         return train if self.config.finetune_passes is None else shorten(train, self.config.finetune_passes)
 
 
-def run_work(
-    do: Callable[[Work], object],
-    work: Sequence[Work],
-    *,
-    begin: Callable[[Work], None] = lambda _: None,
-    end: Callable[[Work], None] = lambda _: None,
-    deadline: float | None = None,
-) -> dict[Work, str]:
-    """Do pieces of work one after the other; one that fails stops none that does not rest on it.
-
-    Args:
-        do: does one piece.
-        work: in an order in which what others rest on comes first, see `Grid.list_work`.
-        begin, end: are told.
-        deadline: in `time.monotonic`; no piece is begun after it.
-
-    Returns:
-        What failed, and why. What was not begun is in neither.
-    """
-    failures: dict[Work, str] = {}
-    for item in work:
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        begin(item)
-        reason = explain_block(item, failures)
-        if not reason:
-            try:
-                do(item)
-            except (OSError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-                reason = f"{type(error).__name__}: {error}"
-        if reason:
-            failures[item] = reason
-        end(item)
-    return failures
-
-
-def explain_block(item: Work, failures: Mapping[Work, str]) -> str:
-    """Why a piece cannot be done after what failed; empty if it can."""
-    for failed in failures:
-        if failed.kind == "pretrain" and failed.strategy == item.strategy:
-            return f"its pretraining failed: {failures[failed]}"
-    return ""
-
-
 def shorten(train: TrainConfig, passes: int) -> TrainConfig:
     """The same training over fewer passes, with no longer a warm-up than half of them."""
     return replace(train, passes=passes, warmup_passes=min(train.warmup_passes, passes / 2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridScores:
-    """Everything a grid has computed so far.
-
-    Attributes:
-        rows: every score.
-        predictions: by (pretraining or floor, evaluation), the test predictions at the largest training-set size.
-        notes: sentences for the reader, for example what has not been run.
-    """
-
-    rows: list[ScoreRow]
-    predictions: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def collect_scores(grid: Grid, failures: Mapping[Work, str] | None = None, screen: Screen | None = None) -> GridScores:
-    """Gather the scores of all work that is done; nothing is trained here.
-
-    Args:
-        grid: whose scores.
-        failures: work that failed, and why.
-        screen: where waiting is said.
-    """
-    store, plan = grid.open_store(), grid.plan
-    found = GridScores(rows=[], notes=list(plan.notes))
-    found.notes.extend(f"{work.title}: failed. {reason}" for work, reason in (failures or {}).items())
-    broken = {work.strategy for work in failures or {} if work.kind == "pretrain"}
-    for name in (*plan.pretrained, *FLOORS):
-        if name in broken:
-            continue
-        if name not in FLOORS and not grid.is_pretrained(name, store):
-            found.notes.append(f"{name}: not pretrained yet, so nothing that rests on it was run.")
-            continue
-        for size in plan.sizes:
-            if any(work.kind == "probe" and (work.strategy, work.size) == (name, size) for work in failures or {}):
-                continue
-            _take(found, grid.probe(store, name, size, screen), name, size == plan.sizes[-1])
-    for name in (*plan.finetuned, *plan.scratch):
-        pretrained = name not in broken and name in plan.pretrained and grid.is_pretrained(name, store)
-        if find_strategy(name).objective is None or pretrained:
-            for size in plan.sizes if grid.config.whole else plan.sizes[-1:]:
-                _take(
-                    found,
-                    _score_trainings(grid, store, name, size, failures or {}, found.notes),
-                    name,
-                    size == plan.sizes[-1],
-                )
-    return found
-
-
-def _take(found: GridScores, evaluation: Evaluation, name: str, largest: bool) -> None:
-    found.rows.extend(evaluation.scores)
-    found.notes.extend(note for note in evaluation.notes if note not in found.notes)
-    if largest and len(evaluation.predictions):
-        for chosen in evaluation.predictions.column("evaluation").unique().to_pylist():
-            table = evaluation.predictions.filter(pc.field("evaluation") == chosen)
-            found.predictions[name, chosen] = table
-
-
-def _score_trainings(
-    grid: Grid, store: StepStore, name: str, size: int, failures: Mapping[Work, str], notes: list[str]
-) -> Evaluation:
-    """Scores of the trainings of one strategy and size, over the seeds and tasks whose every fold is done."""
-    evaluations = []
-    missing: dict[str, int] = {}
-    work = [item for item in grid.list_work() if (item.kind, item.strategy, item.size) == ("train", name, size)]
-    groups: dict[tuple[int, str], list[Work]] = {}
-    for item in work:
-        groups.setdefault((item.seed, item.task), []).append(item)
-    for (seed, task), items in groups.items():
-        if not any(item in failures for item in items) and all(grid.is_done(item, store) for item in items):
-            evaluations.append(grid.score_training(store, name, task=task, seed=seed, size=size))
-        else:
-            missing[task] = missing.get(task, 0) + 1
-    for task, count in missing.items():
-        notes.append(f"{name}, {task}, {size} subjects: {count} of {grid.config.finetune_seeds} repetitions not run.")
-    rows = [row for item in evaluations for row in item.scores if row.task != AGGREGATE]
-    tables = [item.predictions for item in evaluations] or [prediction_schema().empty_table()]
-    tasks = tuple(dict.fromkeys(item.task for item in work))
-    return Evaluation(
-        scores=rows + aggregate_rows(rows, tasks),
-        predictions=pa.concat_tables(tables),
-        notes=list(dict.fromkeys(note for item in evaluations for note in item.notes)),
-    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from physioray.metrics import AGGREGATE, METRICS, find_metric
+from physioray.paper.reference import read_paper
 from physioray.results import (
     CONVERGED,
     EVALUATIONS,
@@ -31,10 +32,9 @@ EVALUATION_TITLES = {
 
 PAPER_TITLE = "Fang et al. 2024, Table 1, pretrained on all modalities: other data (500 training subjects)"
 PAPER_SCORES: Mapping[str, tuple[float, float]] = {
-    "sleep": (0.744, 0.001),
-    "age": (0.719, 0.002),
-    "arousal": (0.637, 0.081),
-    AGGREGATE: (1.144, 0.090),
+    column.task: (cell.value, cell.spread)
+    for column, cell in read_paper().find_table(1).list_cells("multimae_drop", "probe")
+    if cell.value is not None and cell.spread is not None
 }
 """Balanced accuracy and spread over seeds of arXiv 2410.16424, Table 1, 'Pretrained All'."""
 
@@ -131,7 +131,7 @@ def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
     lines = []
     for key in _list_keys(mine):
         members = [row for row in mine if _key(row) == key]
-        cells = [_merge([row for row in members if sizes[row.training_subjects] == level]) for level in levels]
+        cells = [merge_seeds([row for row in members if sizes[row.training_subjects] == level]) for level in levels]
         lines.append(_make_line(key, cells))
     return ScoreTable(columns=tuple(f"{level} subjects" for level in levels), rows=tuple(lines))
 
@@ -140,7 +140,7 @@ def _tabulate(rows: Sequence[ScoreRow], columns: Sequence[tuple[str, str]], titl
     lines = []
     for key in _list_keys(rows):
         members = [row for row in rows if _key(row) == key]
-        cells = [_merge([row for row in members if (row.task, row.metric) == column]) for column in columns]
+        cells = [merge_seeds([row for row in members if (row.task, row.metric) == column]) for column in columns]
         if any(cell.value is not None for cell in cells):
             lines.append(_make_line(key, cells))
     return ScoreTable(columns=tuple(titles), rows=tuple(lines))
@@ -193,8 +193,8 @@ def _keep_largest(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
     return [row for row in rows if is_largest(row)]
 
 
-def _merge(rows: Sequence[ScoreRow]) -> Cell:
-    """One cell of the rows of all seeds."""
+def merge_seeds(rows: Sequence[ScoreRow]) -> Cell:
+    """One cell of the rows of one score under all its seeds."""
     known = [row for row in rows if row.value is not None]
     note = next((row.note for row in rows if row.note), "")
     if not known:

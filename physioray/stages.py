@@ -184,25 +184,7 @@ def probe_once(
     **options: Any,
 ) -> Evaluation:
     """Probe scores of some embeddings, fitted now or found; arguments as for `evaluate.evaluate_probe`."""
-    people = {
-        "folds": None
-        if folds is None
-        else {str(seed): [to_dict(fold) for fold in parts] for seed, parts in folds.items()},
-        "subsets": None if subsets is None else {str(size): list(names) for size, names in subsets.items()},
-    }
-    step = Step(
-        name="probe",
-        version=VERSIONS["probe"],
-        settings={
-            "probe": to_dict(config),
-            "evaluations": list(evaluations),
-            "people": hash_value(people)[:24],
-            "features": description.features,
-            "pretraining": description.pretraining,
-            **options,
-        },
-        inputs={"cohort": cohort.fingerprint, "embeddings": description.step.identity},
-    )
+    step = describe_probe(description, cohort, config, folds, subsets, evaluations, **options)
 
     def compute(folder: Location) -> None:
         found = evaluate_probe(
@@ -220,6 +202,37 @@ def probe_once(
         save_evaluation(folder, found)
 
     return load_evaluation(store.run(step, compute, screen=screen))
+
+
+def describe_probe(
+    description: Description,
+    cohort: Cohort,
+    config: ProbeConfig,
+    folds: Mapping[int, Sequence[Fold]] | None,
+    subsets: Mapping[int, Sequence[str]] | None,
+    evaluations: Sequence[str],
+    **options: Any,
+) -> Step:
+    """The step of some probes."""
+    people = {
+        "folds": None
+        if folds is None
+        else {str(seed): [to_dict(fold) for fold in parts] for seed, parts in folds.items()},
+        "subsets": None if subsets is None else {str(size): list(names) for size, names in subsets.items()},
+    }
+    return Step(
+        name="probe",
+        version=VERSIONS["probe"],
+        settings={
+            "probe": to_dict(config),
+            "evaluations": list(evaluations),
+            "people": hash_value(people)[:24],
+            "features": description.features,
+            "pretraining": description.pretraining,
+            **options,
+        },
+        inputs={"cohort": cohort.fingerprint, "embeddings": description.step.identity},
+    )
 
 
 def finetune_once(

@@ -1,0 +1,68 @@
+"""From a grid's scores to the paper's tables: what stands in their heading, and where they are written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from physioray.config import list_assumptions
+from physioray.grid import Grid
+from physioray.grid_plan import GridConfig
+from physioray.grid_scores import GridScores
+from physioray.paper.claims import check_claims
+from physioray.paper.pages import TableFiles, write_tables
+from physioray.paper.reference import read_paper
+from physioray.paper.tables import TableContext, fill_tables
+from physioray.results import PREDICTIONS_FILE, RESULTS_FILE, write_predictions, write_results
+from physioray.storage import Location
+from physioray.study import describe_card
+
+
+def narrow_grid(
+    config: GridConfig, tasks: str | None, passes: int | None, finetune_seeds: int | None, whole: bool
+) -> GridConfig:
+    """The same grid with fewer tasks, other passes or repetitions; None keeps what it has."""
+    if tasks is not None:
+        config = replace(config, probe=replace(config.probe, tasks=tuple(name.strip() for name in tasks.split(","))))
+    if passes is not None:
+        config = replace(config, passes=passes)
+    if finetune_seeds is not None:
+        config = replace(config, finetune_seeds=finetune_seeds)
+    return replace(config, whole=whole or config.whole)
+
+
+def describe_grid(grid: Grid, scores: GridScores) -> TableContext:
+    """What the heading of every table says."""
+    plan = grid.plan
+    jobs = [grid.make_job(name) for name in plan.pretrained]
+    assumptions = dict(plan.cohort.manifest.get("assumptions", {}))
+    for job in jobs:
+        assumptions |= list_assumptions(job.model, job.objective, job.train)
+    assumptions |= list_assumptions(grid.config.probe)
+    return TableContext(
+        cohort=plan.cohort.location.name,
+        simulated=plan.cohort.simulated,
+        subjects=len(plan.cohort.subjects),
+        labelled=len(plan.protocol.labelled),
+        sizes=plan.sizes,
+        assumptions={name: str(text) for name, text in assumptions.items()},
+        preset=grid.config.name,
+        commit=grid.commit,
+        notes=(plan.protocol.sentence, *scores.notes),
+    )
+
+
+def write_grid(grid: Grid, scores: GridScores, out: Location) -> TableFiles:
+    """Write tables.html, tables.md, scores.csv, results.jsonl, predictions.parquet and card.json into a folder.
+
+    The grid's steps are then referred to by the folder, so that `physioray steps` keeps them.
+    """
+    context = describe_grid(grid, scores)
+    tables = fill_tables(scores.rows, read_paper(), context)
+    claims = check_claims(scores.rows, predictions=scores.predictions)
+    write_results(out / RESULTS_FILE, scores.rows)
+    write_predictions(out / PREDICTIONS_FILE, list(scores.predictions.values()))
+    (out / "card.json").write_json(describe_card(grid.plan.cohort, grid.plan.protocol))
+    (out / "notes.json").write_json(scores.notes)
+    files = write_tables(out, scores.rows, tables, claims, context)
+    grid.open_store().refer(out, scores.steps)
+    return files

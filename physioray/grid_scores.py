@@ -1,0 +1,108 @@
+"""Gathers what a grid has computed: every score, the predictions behind the largest training sets, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from physioray.evaluate import Evaluation, aggregate_rows
+from physioray.grid import Grid
+from physioray.grid_plan import FLOORS
+from physioray.journal import Screen
+from physioray.metrics import AGGREGATE
+from physioray.results import ScoreRow, prediction_schema
+from physioray.steps import Step, StepStore
+from physioray.strategies import find_strategy
+from physioray.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridScores:
+    """Everything a grid has computed so far.
+
+    Attributes:
+        rows: every score.
+        predictions: by (pretraining or floor, evaluation), the test predictions at the largest training-set size.
+        notes: sentences for the reader, for example what has not been run.
+        steps: that the scores rest on.
+    """
+
+    rows: list[ScoreRow]
+    predictions: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+def collect_scores(grid: Grid, failures: Mapping[Work, str] | None = None, screen: Screen | None = None) -> GridScores:
+    """Gather the scores of all work that is done; nothing is trained here.
+
+    Args:
+        grid: whose scores.
+        failures: work that failed, and why.
+        screen: where waiting is said.
+    """
+    store, plan = grid.open_store(), grid.plan
+    found = GridScores(rows=[], notes=list(plan.notes))
+    found.notes.extend(f"{work.title}: failed. {reason}" for work, reason in (failures or {}).items())
+    broken = {work.strategy for work in failures or {} if work.kind == "pretrain"}
+    for name in (*plan.pretrained, *FLOORS):
+        if name in broken:
+            continue
+        if name not in FLOORS and not grid.is_pretrained(name, store):
+            found.notes.append(f"{name}: not pretrained yet, so nothing that rests on it was run.")
+            continue
+        for size in plan.sizes:
+            if any(work.kind == "probe" and (work.strategy, work.size) == (name, size) for work in failures or {}):
+                continue
+            _take(found, grid.probe(store, name, size, screen), name, size == plan.sizes[-1])
+    for name in (*plan.finetuned, *plan.scratch):
+        pretrained = name not in broken and name in plan.pretrained and grid.is_pretrained(name, store)
+        if find_strategy(name).objective is None or pretrained:
+            for size in plan.sizes if grid.config.whole else plan.sizes[-1:]:
+                _take(
+                    found,
+                    _score_trainings(grid, store, name, size, failures or {}, found.notes),
+                    name,
+                    size == plan.sizes[-1],
+                )
+    found.steps.extend(store.used.values())
+    return found
+
+
+def _take(found: GridScores, evaluation: Evaluation, name: str, largest: bool) -> None:
+    found.rows.extend(evaluation.scores)
+    found.notes.extend(note for note in evaluation.notes if note not in found.notes)
+    if largest and len(evaluation.predictions):
+        for chosen in evaluation.predictions.column("evaluation").unique().to_pylist():
+            table = evaluation.predictions.filter(pc.field("evaluation") == chosen)
+            found.predictions[name, chosen] = table
+
+
+def _score_trainings(
+    grid: Grid, store: StepStore, name: str, size: int, failures: Mapping[Work, str], notes: list[str]
+) -> Evaluation:
+    """Scores of the trainings of one strategy and size, over the seeds and tasks whose every fold is done."""
+    evaluations = []
+    missing: dict[str, int] = {}
+    work = [item for item in grid.list_work() if (item.kind, item.strategy, item.size) == ("train", name, size)]
+    groups: dict[tuple[int, str], list[Work]] = {}
+    for item in work:
+        groups.setdefault((item.seed, item.task), []).append(item)
+    for (seed, task), items in groups.items():
+        if not any(item in failures for item in items) and all(grid.is_done(item, store) for item in items):
+            evaluations.append(grid.score_training(store, name, task=task, seed=seed, size=size))
+        else:
+            missing[task] = missing.get(task, 0) + 1
+    for task, count in missing.items():
+        notes.append(f"{name}, {task}, {size} subjects: {count} of {grid.config.finetune_seeds} repetitions not run.")
+    rows = [row for item in evaluations for row in item.scores if row.task != AGGREGATE]
+    tables = [item.predictions for item in evaluations] or [prediction_schema().empty_table()]
+    tasks = tuple(dict.fromkeys(item.task for item in work))
+    return Evaluation(
+        scores=rows + aggregate_rows(rows, tasks),
+        predictions=pa.concat_tables(tables),
+        notes=list(dict.fromkeys(note for item in evaluations for note in item.notes)),
+    )
