@@ -110,6 +110,17 @@ def test_an_aggregate_over_fewer_tasks_has_no_difference_and_says_over_which():
     assert cell.note == "over sleep only"
 
 
+def test_an_aggregate_of_one_task_gives_way_to_one_of_all_and_never_passes_for_it():
+    scored = [make_row(task=task) for task in ("sleep", "age", "arousal")]
+    aggregate = {"task": "aggregate", "metric": "aggregate", "low": None, "high": None}
+    one = make_row(**aggregate, value=0.1, note="over age only")
+    whole = make_row(**aggregate, value=1.1)
+    cell = find_row(fill([*scored, one])["Table 1"], "All", group="Pretrained").cells[3]
+    assert (cell.ours.value, cell.difference, cell.note) == (0.1, None, "over age only")
+    cell = find_row(fill([*scored, one, whole])["Table 1"], "All", group="Pretrained").cells[3]
+    assert (cell.ours.value, cell.note) == (1.1, "") and cell.difference == pytest.approx(1.1 - 1.144)
+
+
 def test_other_modalities_strategies_and_floors_come_after_the_papers_rows_without_its_numbers():
     rows = [
         make_row(),
