@@ -147,6 +147,8 @@ class ScoreBook:
                 return Pick(status=NO_LABELS, note=self._unlabelled[task])
             return _explain_absence(name, mine, metric)
         level = self.find_levels(find_kind(evaluation), task)[-1 if end == "largest" else 0]
+        # Where tasks were scored apart, each brought an aggregate of its own; one over all tasks goes first.
+        scored.sort(key=_is_partial)
         chosen = _keep_one_per_seed([row for row in scored if row.training_subjects in level])
         if not chosen:
             there = ", ".join(str(size) for size in sorted({row.training_subjects for row in scored}))
@@ -160,7 +162,8 @@ class ScoreBook:
         missing = self._list_missing(line) if task == AGGREGATE else []
         if missing:
             notes = [f"over {', '.join(sorted(set(TASKS) - set(missing), key=list(TASKS).index))} only"]
-        return Pick(rows=tuple(chosen), note="; ".join(notes), partial=bool(missing))
+        partial = bool(missing) or any(_is_partial(row) for row in chosen)
+        return Pick(rows=tuple(chosen), note="; ".join(notes), partial=partial)
 
     def _list_missing(self, line: Sequence[ScoreRow]) -> list[str]:
         scored = {row.task for row in line if row.value is not None}
@@ -199,6 +202,11 @@ def _group_sizes(owners: Mapping[int, set[tuple[object, ...]]]) -> tuple[tuple[i
             groups.append([size])
             taken = set(owners[size])
     return tuple(tuple(group) for group in groups)
+
+
+def _is_partial(row: ScoreRow) -> bool:
+    """True for an aggregate that says it is over some tasks only (see `evaluate.aggregate_rows`)."""
+    return row.task == AGGREGATE and row.note.startswith("over ") and row.note.endswith("only")
 
 
 def _keep_one_per_seed(rows: Sequence[ScoreRow]) -> list[ScoreRow]:

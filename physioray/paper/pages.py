@@ -106,6 +106,7 @@ def render_terminal(
     """The tables for a terminal of so many characters."""
     sink = io.StringIO()
     console = Console(file=sink, width=width, highlight=False, color_system=None)
+    console.print(Text(f"The tables of {read_paper().citation}, and ours"))
     for sentence in tables[0].heading if tables else ():
         console.print(Text(sentence))
     for filled in tables:

@@ -169,6 +169,10 @@ def describe_context(context: TableContext, book: ScoreBook) -> list[str]:
     facts += [f"commit {context.commit[:12]}"] if context.commit else []
     if facts:
         sentences.append(f"{', '.join(facts).capitalize()}.")
+    if context.assumptions:
+        sentences.append(
+            f"In force: {len(context.assumptions)} assumptions where the paper is silent, listed at the end."
+        )
     if context.preset == SMOKE:
         sentences.append("SMOKE: tiny models, a few passes; the cells show that each can be filled, and nothing else.")
     return sentences
