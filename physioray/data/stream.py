@@ -32,6 +32,7 @@ class _OrderedWindows(Datasource):
     def __init__(self, cohort: Cohort, modalities: Sequence[str], batches: list[NDArray[np.int64]]) -> None:
         super().__init__()
         self.uri, self.fingerprint = cohort.location.uri, cohort.fingerprint
+        self.test_locked = cohort.test_locked
         self.modalities, self.batches = tuple(modalities), batches
         self.row_bytes = sum(2 * cohort.modalities[name].samples for name in modalities) + 64
 
@@ -52,26 +53,26 @@ class _OrderedWindows(Datasource):
             chunk = self.batches[first : first + each]
             rows = sum(len(batch) for batch in chunk)
             metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self.row_bytes, input_files=None, exec_stats=None)
-            read = partial(_read, self.uri, self.fingerprint, self.modalities, chunk)
+            read = partial(_read, self.uri, self.fingerprint, self.test_locked, self.modalities, chunk)
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 
 
 def _read(
-    uri: str, fingerprint: str, modalities: tuple[str, ...], chunk: list[NDArray[np.int64]]
+    uri: str, fingerprint: str, test_locked: bool, modalities: tuple[str, ...], chunk: list[NDArray[np.int64]]
 ) -> Iterator[pa.Table]:
-    reader = _open_reader(uri, fingerprint, modalities)
+    reader = _open_reader(uri, fingerprint, test_locked, modalities)
     for window_ids in chunk:
         yield _to_table(reader.read(window_ids))
 
 
 @lru_cache(maxsize=4)
-def _open_reader(uri: str, fingerprint: str, modalities: tuple[str, ...]) -> WindowReader:
+def _open_reader(uri: str, fingerprint: str, test_locked: bool, modalities: tuple[str, ...]) -> WindowReader:
     """One reader per process and cohort: its maps and small columns serve all read tasks that come by.
 
     The fingerprint is part of the key, so that a cohort made anew under the same path is opened anew.
     """
-    reader = WindowReader(Cohort.open(uri), modalities)
+    reader = WindowReader(Cohort.open(uri, test_locked=test_locked), modalities)
     if reader.cohort.fingerprint != fingerprint:
         raise ValueError(f"The cohort at {uri} must stay the same during a run, but it was made anew. Start again.")
     return reader
