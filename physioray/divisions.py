@@ -66,9 +66,7 @@ def check_scored(cohort: Cohort, scored: str) -> None:
         )
 
 
-def plan_folds(
-    folds: Mapping[int, Sequence[Fold]], *, cohort: Cohort | None = None, scored: str = TEST
-) -> list[Plan]:
+def plan_folds(folds: Mapping[int, Sequence[Fold]], *, cohort: Cohort | None = None, scored: str = TEST) -> list[Plan]:
     """One plan per seed: all folds of its cross-validation.
 
     Args:

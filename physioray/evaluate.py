@@ -219,15 +219,14 @@ def _choose(context: _Context, fit: _Fit, heads: Sequence[LinearHead]) -> Linear
 
 def _fit_recipes(context: _Context, fits: Sequence[_Fit]) -> list[LinearHead]:
     """All heads of the fits; those that take the same number of steps stand side by side."""
-    most: dict[tuple[str, int], int] = {}
-    for fit in fits:
-        # The folds of a cross-validation differ by a few windows only and take the steps of the largest.
-        key = (fit.task.name, 0 if fit.plan.split in CROSS_VALIDATIONS else id(fit.plan))
-        most[key] = max(most.get(key, 0), len(fit.part.train))
-    groups: dict[int, list[int]] = {}
+    config = context.config
+    crossed = [len(fit.part.train) for fit in fits if fit.plan.split in CROSS_VALIDATIONS]
+    groups: dict[tuple[int, int], list[int]] = {}
     for number, fit in enumerate(fits):
-        largest = most[fit.task.name, 0 if fit.plan.split in CROSS_VALIDATIONS else id(fit.plan)]
-        groups.setdefault(count_recipe_steps(largest, context.config), []).append(number)
+        # The folds of a cross-validation differ by a few windows only and take the steps of the largest.
+        size = max(crossed) if crossed else len(fit.part.train)
+        length = (count_recipe_steps(size, config), min(size, config.recipe_batch_size))
+        groups.setdefault(length, []).append(number)
     found: dict[int, LinearHead] = {}
     for numbers in groups.values():
         problems = [
@@ -240,7 +239,7 @@ def _fit_recipes(context: _Context, fits: Sequence[_Fit]) -> list[LinearHead]:
             )
             for number in numbers
         ]
-        heads = fit_recipe(context.embeddings.vectors, problems, context.config)
+        heads = fit_recipe(context.embeddings.vectors, problems, config)
         found |= dict(zip(numbers, heads, strict=True))
     return [found[number] for number in range(len(fits))]
 

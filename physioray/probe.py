@@ -29,6 +29,13 @@ TOLERANCE = 1e-5
 VALUE_TOLERANCE = 1e-11
 """The solver also stops where a step lowers the loss by less than this."""
 
+ROUGH_TOLERANCE = 1e-8
+"""The same for the part of the way that is gone in single precision."""
+
+SINGLE_PRECISION_CELLS = 100_000
+"""Training matrices with more numbers than this are descended in single precision first, which takes half the time,
+and only the last steps in double precision."""
+
 FULL_PRECISION_CELLS = 20_000_000
 """Training matrices with more numbers than this are kept in single precision, to halve memory and time."""
 
@@ -85,8 +92,14 @@ def standardise(
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
     """Mean and standard deviation `(features,)` over windows; a constant feature gets the deviation 1."""
     mean = features.mean(0, dtype=np.float64)
-    scale = features.std(0, dtype=np.float64)
-    return mean, np.where(scale > 1e-7 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
+    return mean, keep_constant(mean, features.std(0, dtype=np.float64))
+
+
+def keep_constant(
+    mean: Float[np.ndarray, "*sets features"], deviation: Float[np.ndarray, "*sets features"]
+) -> Float[np.ndarray, "*sets features"]:
+    """The standard deviations to divide by: 1 for a feature that does not vary."""
+    return np.where(deviation > 1e-7 * np.maximum(1.0, np.abs(mean)), deviation, 1.0)
 
 
 def check_training(labels: Int[np.ndarray, " n"], classes: int) -> None:
@@ -250,15 +263,14 @@ def _solve(
         gradient[:, -1] = logits.sum(1)
         return values, gradient / steps[rows]
 
-    start = np.zeros((len(owner), rotated.shape[0] + 1))
-    found = minimise_together(
-        measure,
-        start,
-        owner,
-        iterations=ITERATIONS,
-        gradient_tolerance=TOLERANCE,
-        value_tolerance=VALUE_TOLERANCE,
-    )
+    found = np.zeros((len(owner), rotated.shape[0] + 1))
+    settings = {"iterations": ITERATIONS, "gradient_tolerance": TOLERANCE}
+    exact = rotated
+    if exact.dtype == np.float64 and exact.size > SINGLE_PRECISION_CELLS:
+        rotated = exact.astype(np.float32)
+        found = minimise_together(measure, found, owner, **settings, value_tolerance=ROUGH_TOLERANCE)
+        rotated = exact
+    found = minimise_together(measure, found, owner, **settings, value_tolerance=VALUE_TOLERANCE)
     return [found[owner == number] / steps[number] for number in range(len(blocks))]
 
 

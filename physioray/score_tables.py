@@ -10,7 +10,7 @@ import numpy as np
 from physioray.metrics import AGGREGATE, METRICS, find_metric
 from physioray.results import (
     CONVERGED,
-    CROSS_VALIDATION,
+    CROSS_VALIDATIONS,
     EVALUATIONS,
     FEATURES,
     FINETUNE,
@@ -19,7 +19,7 @@ from physioray.results import (
     SCRATCH,
     ScoreRow,
 )
-from physioray.signals import TASKS, find_task
+from physioray.signals import SCOPES, TASKS, WINDOWS, find_task
 
 FEATURE_TITLES = {"pretrained": "Pretrained encoder", "untrained": "Untrained encoder", "band_powers": "Band powers"}
 EVALUATION_TITLES = {
@@ -117,6 +117,41 @@ def tabulate_headline(rows: Sequence[ScoreRow]) -> ScoreTable:
     return _tabulate(_keep_largest(rows), columns, titles)
 
 
+def find_chance(rows: Sequence[ScoreRow], task: str) -> tuple[float, str]:
+    """Balanced accuracy of a guess, and a note where the cohort lacks classes of the task.
+
+    Where classes are missing from what was scored, guessing scores one over the number of those that occur.
+    """
+    found = find_task(task)
+    occurring = [row.classes for row in rows if (row.task, row.scope) == (task, WINDOWS) and row.classes > 0]
+    if not occurring or min(occurring) == len(found.classes):
+        return found.chance, ""
+    fewest = min(occurring)
+    note = f"{found.title}: only {fewest} of {len(found.classes)} classes occur, so guessing scores 1/{fewest}"
+    return 1.0 / fewest, note
+
+
+def tabulate_scopes(rows: Sequence[ScoreRow]) -> ScoreTable | None:
+    """Balanced accuracy where something other than all windows is counted; None without any such score."""
+    columns = [(task, scope) for task in list_tasks(rows) for scope in find_task(task).scopes if scope != WINDOWS]
+    mine = [row for row in rows if row.metric == METRICS[0] and row.scope != WINDOWS]
+    largest = {(*_key(row), row.task): 0 for row in mine}
+    for row in mine:
+        largest[(*_key(row), row.task)] = max(largest[(*_key(row), row.task)], row.training_subjects)
+    kept = [
+        row
+        for row in mine
+        if row.split in CROSS_VALIDATIONS or row.training_subjects == largest[(*_key(row), row.task)]
+    ]
+    lines = []
+    for key in _list_keys(kept):
+        members = [row for row in kept if _key(row) == key]
+        cells = [_merge([row for row in members if (row.task, row.scope) == column]) for column in columns]
+        lines.append(_make_line(key, cells))
+    titles = tuple(f"{find_task(task).title}, {SCOPES[scope]}" for task, scope in columns)
+    return ScoreTable(columns=titles, rows=tuple(lines)) if lines else None
+
+
 def tabulate_metric(rows: Sequence[ScoreRow], task: str) -> ScoreTable:
     """All metrics of one task; the largest training size of each."""
     return _tabulate(_keep_largest(rows), [(task, name) for name in METRICS], [find_metric(name) for name in METRICS])
@@ -125,7 +160,7 @@ def tabulate_metric(rows: Sequence[ScoreRow], task: str) -> ScoreTable:
 def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
     """Balanced accuracy of a task against the number of training subjects; None with a single number."""
     mine = [row for row in rows if row.task == task and row.metric == METRICS[0] and row.value is not None]
-    mine = [row for row in mine if row.split != CROSS_VALIDATION]
+    mine = [row for row in mine if row.split not in CROSS_VALIDATIONS and row.scope == WINDOWS]
     sizes = sorted({row.training_subjects for row in mine})
     if len(sizes) < 2:
         return None
@@ -170,12 +205,15 @@ def _list_keys(rows: Sequence[ScoreRow]) -> list[tuple[str, str, str]]:
 
 def _keep_largest(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
     """Rows of the largest training size of every line and task; folds differ in size and are all kept."""
+    rows = [row for row in rows if row.scope == WINDOWS]
     largest: dict[tuple[object, ...], int] = {}
     for row in rows:
         key = (*_key(row), row.task)
         largest[key] = max(largest.get(key, 0), row.training_subjects)
     return [
-        row for row in rows if row.split == CROSS_VALIDATION or row.training_subjects == largest[(*_key(row), row.task)]
+        row
+        for row in rows
+        if row.split in CROSS_VALIDATIONS or row.training_subjects == largest[(*_key(row), row.task)]
     ]
 
 
@@ -190,7 +228,8 @@ def _merge(rows: Sequence[ScoreRow]) -> Cell:
     low, high = (float(x) for x in np.mean(bounds, axis=0)) if bounds else (None, None)
     above = None
     if low is not None and known[0].metric == METRICS[0]:
-        above = low > find_task(known[0].task).chance
+        chances = [row.chance for row in known if row.chance is not None]
+        above = low > max(chances) if chances else None
     return Cell(
         value=float(values.mean()),
         low=low,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, Int64
 
 from physioray.config import ProbeConfig
@@ -26,6 +27,7 @@ from physioray.metrics import (
     bootstrap_by_subject,
     bound_draws,
     count_by_subject,
+    count_confusion,
     draw_subjects,
     explain_undefined,
     score_predictions,
@@ -77,8 +79,8 @@ class Answers:
         """The most probable class of each window."""
         return self.probabilities.argmax(1)
 
-    def select(self, chosen: Bool[np.ndarray, " n"]) -> Answers:
-        """The windows where `chosen` is True."""
+    def select(self, chosen: Bool[np.ndarray, " n"] | Int64[np.ndarray, " kept"]) -> Answers:
+        """The windows where `chosen` is True, or those of the rows that it names, in that order."""
         names = ("window_id", "true", "probabilities", "subject")
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
@@ -265,6 +267,29 @@ class ScoreBoard:
         columns |= {name: [text] * len(names) for name, text in texts.items()}
         schema = subject_score_schema()
         return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def count_confusions(predictions: pa.Table) -> dict[tuple[str, str, str, int], Int[np.ndarray, "true predicted"]]:
+    """Windows by true class (rows) and predicted class (columns) of every kind of evaluation in a table.
+
+    Args:
+        predictions: see `results.prediction_schema`.
+
+    Returns:
+        By task, features, evaluation and seed, in that order.
+    """
+    names = ("task", "features", "evaluation", "seed")
+    found = {}
+    keys = predictions.select(names).group_by(list(names)).aggregate([]).to_pylist()
+    for key in sorted(keys, key=lambda key: tuple(key[name] for name in names)):
+        chosen = predictions
+        for name in names:
+            chosen = chosen.filter(pc.field(name) == key[name])
+        true, predicted = (chosen.column(name).to_numpy() for name in ("true", "predicted"))
+        found[key["task"], key["features"], key["evaluation"], key["seed"]] = count_confusion(
+            find_task(key["task"]), true, predicted
+        )
+    return found
 
 
 def vote_by_subject(answers: Answers, classes: int) -> Answers:

@@ -102,9 +102,7 @@ class Cohort:
         self.windows = first
 
     @classmethod
-    def open(
-        cls, uri: str | os.PathLike[str], *, anonymous: bool = False, test_locked: bool = False
-    ) -> Cohort:
+    def open(cls, uri: str | os.PathLike[str], *, anonymous: bool = False, test_locked: bool = False) -> Cohort:
         """Open a cohort by path or URI.
 
         Raises:
