@@ -99,16 +99,29 @@ def evaluate_probe(
     check_scored(cohort, scored)
     embeddings.check_cohort(cohort)
     if scored == VALIDATION:
-        cohort = cohort.lock_test()
-        reserved = [cohort.subjects.index(name) for name in cohort.list_subjects("test")]
-        embeddings = embeddings.select(~np.isin(embeddings.subject, reserved))
+        cohort, embeddings = _hide_test(cohort, embeddings)
     board = ScoreBoard(cohort, config, features=features, pretraining=pretraining, config_hash=config_hash)
     context = _Context(embeddings=embeddings, config=config, owners=map_owners(embeddings, cohort), board=board)
     if folds is not None:
         plans = plan_folds(folds, cohort=cohort, scored=scored)
     else:
         plans = plan_holdout(cohort, subsets, config.seeds, board.note, scored=scored)
-    broken = _find_breakage(embeddings)
+    tasks = _find_tasks(context, plans, evaluations, scored)
+    for evaluation in evaluations:
+        _evaluate_tasks(context, tasks, evaluation, plans)
+    return board.finish()
+
+
+def _hide_test(cohort: Cohort, embeddings: Embeddings) -> tuple[Cohort, Embeddings]:
+    """The cohort with its test split locked, and the embeddings of everybody else."""
+    reserved = [cohort.subjects.index(name) for name in cohort.list_subjects("test")]
+    return cohort.lock_test(), embeddings.select(~np.isin(embeddings.subject, reserved))
+
+
+def _find_tasks(context: _Context, plans: Sequence[Plan], evaluations: Sequence[str], scored: str) -> list[Task]:
+    """The tasks that can be probed; the others get a row each that says why not."""
+    board, config = context.board, context.config
+    broken = _find_breakage(context.embeddings)
     tasks = []
     for name in config.tasks:
         task = find_task(name)
@@ -119,9 +132,7 @@ def evaluate_probe(
                 board.skip(task, evaluation, plans[0] if plans else Plan(split=scored, seed=0, folds=()), reason)
         else:
             tasks.append(task)
-    for evaluation in evaluations:
-        _evaluate_tasks(context, tasks, evaluation, plans)
-    return board.finish()
+    return tasks
 
 
 def _find_breakage(embeddings: Embeddings) -> str:

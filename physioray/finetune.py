@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from physioray.checkpoint import load_checkpoint
 from physioray.config import ProbeConfig, TrainConfig, hash_config, to_dict
+from physioray.data.batches import BatchSource
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.data.splits import Fold
@@ -126,7 +127,7 @@ def finetune(
 ) -> FinetuneResult:
     """Train on a task in this process, or take it up where it stopped, and classify the test subjects' windows.
 
-    The weights of the lowest validation loss are used, or the last ones (`train.select`).
+    The weights of the lowest validation loss are used, or the last (`train.select`).
 
     Raises:
         ProbeError: the training subjects have no labelled window, or all are of one class.
@@ -153,12 +154,11 @@ def finetune(
         "rank": group.rank,
         "world_size": group.world_size,
     }
-    held_out = windows["validation"]
     result = train(
         model=model,
         objective=WeightedCrossEntropy(task.name, (weights if job.class_weights else (weights > 0)).tolist()),
         source=make_source(cohort, windows["train"], **shared),
-        validation=make_source(cohort, held_out, **shared) if len(held_out) >= group.world_size else None,
+        validation=_make_validation(cohort, windows["validation"], make_source, shared),
         config=job.train,
         folder=out / "checkpoints",
         identity=_identify(job, windows, pretrained),
@@ -177,6 +177,13 @@ def finetune(
         training_subjects=len(_list_owners(cohort, windows["train"])),
         pretraining=pretrained["strategy"],
     )
+
+
+def _make_validation(
+    cohort: Cohort, window_ids: NDArray[np.int64], make_source: MakeSource, shared: dict[str, Any]
+) -> BatchSource | None:
+    """The validation subjects' batches; None with fewer windows than workers."""
+    return make_source(cohort, window_ids, **shared) if len(window_ids) >= shared["world_size"] else None
 
 
 @torch.inference_mode()

@@ -226,7 +226,7 @@ def _fit_paths(
 
 @dataclass(frozen=True)
 class _Block:
-    """One regression: which classes occur, each window's class among them and its share, 1 / strength of the penalty."""
+    """One regression: the classes that occur, each window's among them and its share; penalty |W|^2 / (2 strength)."""
 
     found: Int[np.ndarray, " classes"]
     labels: Int[np.ndarray, " n"]
@@ -264,13 +264,23 @@ def _solve(
         return values, gradient / steps[rows]
 
     found = np.zeros((len(owner), rotated.shape[0] + 1))
-    settings = {"iterations": ITERATIONS, "gradient_tolerance": TOLERANCE}
+
+    def descend(tolerance: float) -> Float[np.ndarray, "rows columns"]:
+        return minimise_together(
+            measure,
+            found,
+            owner,
+            iterations=ITERATIONS,
+            gradient_tolerance=TOLERANCE,
+            value_tolerance=tolerance,
+        )
+
     exact = rotated
     if exact.dtype == np.float64 and exact.size > SINGLE_PRECISION_CELLS:
         rotated = exact.astype(np.float32)
-        found = minimise_together(measure, found, owner, **settings, value_tolerance=ROUGH_TOLERANCE)
+        found = descend(ROUGH_TOLERANCE)
         rotated = exact
-    found = minimise_together(measure, found, owner, **settings, value_tolerance=VALUE_TOLERANCE)
+    found = descend(VALUE_TOLERANCE)
     return [found[owner == number] / steps[number] for number in range(len(blocks))]
 
 

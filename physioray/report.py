@@ -257,8 +257,9 @@ def _draw_confusions(table: pa.Table | None) -> dict[str, Any] | None:
         return None
     counts = count_confusions(table)
     ways = {(features, evaluation) for _, features, evaluation, _ in counts}
-    evaluation = min((way[1] for way in ways), key=EVALUATIONS.index)
-    features = min((way[0] for way in ways if way[1] == evaluation), key=FEATURES.index)
+    # The headline probe of the best known features; names that are not known come last.
+    evaluation = min((way[1] for way in ways), key=[*EVALUATIONS, *(way[1] for way in ways)].index)
+    features = min((way[0] for way in ways if way[1] == evaluation), key=[*FEATURES, *(way[0] for way in ways)].index)
     figures, most = [], 0
     for task in TASKS:
         mine = [counts[key] for key in counts if key[:3] == (task, features, evaluation)]

@@ -106,7 +106,7 @@ class ScoreBoard:
         self, cohort: Cohort, config: ProbeConfig, *, features: str, pretraining: str, config_hash: str
     ) -> None:
         self.cohort, self.config = cohort, config
-        self.common = {"features": features, "pretraining": pretraining, "config_hash": config_hash}
+        self.common: dict[str, Any] = {"features": features, "pretraining": pretraining, "config_hash": config_hash}
         self.numbers, self.starts = cohort.read_column("window"), cohort.read_column("start")
         self.stages = cohort.read_labels("sleep")
         self.rows: list[ScoreRow] = []

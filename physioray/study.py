@@ -32,9 +32,9 @@ from physioray.pretrain import (
     PretrainJob,
     choose_checkpoint,
     find_pretraining_windows,
-    load_encoder,
     load_model,
     make_encode,
+    open_encoder,
 )
 from physioray.results import (
     CONVERGED,
@@ -139,8 +139,8 @@ def run_study(
         screen: where progress is shown.
 
     Returns:
-        The run's folder, with results.jsonl, predictions.parquet, subject_scores.parquet, probe_curve.jsonl, reconstructions.npz,
-        verdict.json, card.json, config.json and training.jsonl.
+        The run's folder, with results.jsonl, predictions.parquet, subject_scores.parquet, probe_curve.jsonl,
+        reconstructions.npz, verdict.json, card.json, config.json and training.jsonl.
     """
 
     probe = probe or ProbeConfig()
@@ -185,7 +185,7 @@ class _Work:
             self.screen.say(text)
 
     def embed(self, source: GatherSource, checkpoint: str) -> Embeddings:
-        encoder = load_encoder(self.out / "checkpoints" / checkpoint, self.device)
+        encoder = open_encoder(self.out / "checkpoints" / checkpoint, self.cohort, self.device)
         return embed_windows(make_encode(encoder, source.modalities, self.device), source.iterate_all())
 
 

@@ -191,7 +191,8 @@ class Cohort:
 
         Of a locked test split the values are unknown: -1, False or NaN.
         """
-        parts, locked = [], []
+        parts: list[NDArray[Any]] = []
+        locked: list[int] = []
         for recording in self.recordings:
             if recording.split not in self.readable_splits:
                 locked.append(len(parts))
