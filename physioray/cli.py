@@ -174,11 +174,11 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from physioray.checkpoint_scores import score_checkpoint
     from physioray.config import ProbeConfig
     from physioray.data.cohort import Cohort
     from physioray.progress import ProgressLine
     from physioray.report import describe_results, write_report
-    from physioray.scoring import score_checkpoint
     from physioray.steps import StepStore, find_commit
     from physioray.storage import open_location
 

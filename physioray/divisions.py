@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
 
-from physioray.data.cohort import Cohort
+from physioray.data.cohort import Cohort, LockedSplitError
 from physioray.data.splits import Fold
 from physioray.embeddings import Embeddings
 from physioray.probe import ProbeError, check_training
-from physioray.results import CROSS_VALIDATION, TEST
-from physioray.signals import UNKNOWN, Task
+from physioray.results import CROSS_VALIDATION, TEST, VALIDATION, VALIDATION_CROSS_VALIDATION
+from physioray.signals import UNKNOWN, LookupMiss, Task
+from physioray.storage import hash_value
 
 Note = Callable[[str], None]
+
+INNER_FRACTION = 0.15
+"""Share of the training subjects that choose the penalty where the validation subjects are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +50,36 @@ def map_owners(embeddings: Embeddings, cohort: Cohort) -> dict[str, Int64[np.nda
     return {name: order[bounds[i] : bounds[i + 1]].astype(np.int64) for i, name in enumerate(cohort.subjects)}
 
 
-def plan_folds(folds: Mapping[int, Sequence[Fold]]) -> list[Plan]:
+def check_scored(cohort: Cohort, scored: str) -> None:
+    """Refuse scores of test subjects on a cohort whose test split is locked.
+
+    Raises:
+        LookupMiss: `scored` is neither `test` nor `validation`.
+        LockedSplitError: test was asked for and is locked.
+    """
+    if scored not in (TEST, VALIDATION):
+        raise LookupMiss(f"What is scored must be {TEST} or {VALIDATION}, but got {scored!r}.")
+    if scored == TEST and cohort.test_locked:
+        raise LockedSplitError(
+            f"Test scores must not be computed while settings are chosen: the test split of {cohort.location} is "
+            "locked. Ask for scored='validation', or open the cohort without test_locked once all is chosen."
+        )
+
+
+def plan_folds(folds: Mapping[int, Sequence[Fold]], *, cohort: Cohort | None = None, scored: str = TEST) -> list[Plan]:
     """One plan per seed: all folds of its cross-validation.
+
+    Args:
+        folds: by seed.
+        cohort: whose test subjects must not be among them where settings are still chosen.
+        scored: `test`, or `validation` while settings are still chosen.
 
     Raises:
         ProbeError: a subject stands in two parts of a fold, or in test more than once under a seed.
+        LockedSplitError: settings are still chosen, and a fold holds a subject of the test split.
     """
+    reserved = set(cohort.list_subjects("test")) if cohort is not None and scored == VALIDATION else set()
+    split = VALIDATION_CROSS_VALIDATION if scored == VALIDATION else CROSS_VALIDATION
     for seed, parts in folds.items():
         tested: set[str] = set()
         for number, fold in enumerate(parts, start=1):
@@ -62,13 +91,39 @@ def plan_folds(folds: Mapping[int, Sequence[Fold]]) -> list[Plan]:
                     f"{number} repeats {', '.join(sorted(shared)[:5])}. Make the folds with fold_subjects."
                 )
             tested |= groups[2]
-    return [Plan(split=CROSS_VALIDATION, seed=seed, folds=tuple(parts)) for seed, parts in folds.items()]
+            leaking = sorted(reserved & (groups[0] | groups[1] | groups[2]))
+            if leaking:
+                raise LockedSplitError(
+                    f"Settings must be chosen without the test subjects, but seed {seed}, fold {number} holds "
+                    f"{', '.join(leaking[:5])}. Make the folds of the other labelled subjects (study.choose_protocol "
+                    "does on a locked cohort)."
+                )
+    return [Plan(split=split, seed=seed, folds=tuple(parts)) for seed, parts in folds.items()]
+
+
+def hold_out_inner(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training subjects who train, and those who choose the penalty; always the same for the same people.
+
+    INNER_FRACTION of them choose, rounded up, at least one trains. Where validation subjects are scored to choose
+    settings, they must not also choose the penalty: the best of five would be scored on what it was picked by.
+    """
+    ordered = sorted(names, key=lambda name: hash_value(["inner", name]))
+    kept = min(math.ceil(INNER_FRACTION * len(ordered)), max(len(ordered) - 1, 0))
+    return tuple(sorted(ordered[kept:])), tuple(sorted(ordered[:kept]))
 
 
 def plan_holdout(
-    cohort: Cohort, subsets: Mapping[int, Sequence[str]] | None, seeds: Sequence[int], note: Note
+    cohort: Cohort,
+    subsets: Mapping[int, Sequence[str]] | None,
+    seeds: Sequence[int],
+    note: Note,
+    *,
+    scored: str = TEST,
 ) -> list[Plan]:
     """One plan per training size and seed, on the cohort's own splits.
+
+    Scored on test, the validation subjects choose the penalty. Scored on validation, a part of the training subjects
+    does (`hold_out_inner`), and no test subject is in the plan.
 
     Args:
         cohort: whose splits they are.
@@ -76,6 +131,7 @@ def plan_holdout(
             subjects than asked uses those there are and says so; one that adds none to the size before is left out.
         seeds: of the heads.
         note: takes sentences for the reader.
+        scored: `test`, or `validation` while settings are still chosen.
 
     Raises:
         ProbeError: a subset holds a subject from outside the training split.
@@ -96,10 +152,18 @@ def plan_holdout(
         strangers = sorted(set(names) - members["train"])
         if strangers:
             raise ProbeError(f"A training subset must come from the training split, but holds {strangers[:5]}.")
-        fold = Fold(
-            train=tuple(names), validation=tuple(sorted(members["validation"])), test=tuple(sorted(members["test"]))
+        validation, test = (tuple(sorted(members[part])) for part in ("validation", "test"))
+        if scored == VALIDATION:
+            train, inner = hold_out_inner(names)
+            fold = Fold(train=train, validation=inner, test=validation)
+        else:
+            fold = Fold(train=tuple(names), validation=validation, test=test)
+        plans += [Plan(split=scored, seed=seed, folds=(fold,), largest=len(names) == largest) for seed in seeds]
+    if scored == VALIDATION:
+        note(
+            "For choosing settings: scored on the validation subjects, the penalty chosen by "
+            f"{INNER_FRACTION:.0%} of the training subjects; no test subject was read."
         )
-        plans += [Plan(split=TEST, seed=seed, folds=(fold,), largest=len(names) == largest) for seed in seeds]
     return plans
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Float32, Int8, Int64
 
 from physioray.data.batches import Batch
+from physioray.data.cohort import Cohort
 from physioray.signals import LookupMiss, label_column
 from physioray.storage import Location, StorageError
 
@@ -61,6 +62,25 @@ class Embeddings:
         if task not in self.labels:
             raise LookupMiss(f"The embeddings carry labels of {', '.join(self.labels) or 'no task'}, not of {task!r}.")
         return self.labels[task]
+
+    def check_cohort(self, cohort: Cohort) -> None:
+        """Refuse embeddings of windows that are not this cohort's.
+
+        Raises:
+            EmbeddingError: a window number is out of range, or stands in another recording or person's night.
+        """
+        ids = self.window_id
+        fits = len(ids) == 0 or (ids.min() >= 0 and ids.max() < cohort.windows)
+        if fits and len(ids):
+            people = np.array([item.subject_index for item in cohort.recordings], np.int64)
+            recording = cohort.locate(ids)[0]
+            fits = np.array_equal(recording, self.recording) and np.array_equal(people[recording], self.subject)
+        if not fits:
+            raise EmbeddingError(
+                f"Embeddings must be of the windows of {cohort.location} ({cohort.windows} windows of "
+                f"{len(cohort.subjects)} subjects), but these {len(ids)} are of another cohort, or of an older state "
+                "of it. Embed this cohort again."
+            )
 
     def check_finite(self) -> None:
         """Refuse embeddings that hold NaN or infinity.

@@ -8,78 +8,51 @@ folds and then scored. What one task lacks never stops the others: it becomes a 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Int64
 
 from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.data.splits import Fold
-from physioray.divisions import Part, Plan, gather_parts, map_owners, plan_folds, plan_holdout
+from physioray.divisions import Part, Plan, check_scored, gather_parts, map_owners, plan_folds, plan_holdout
 from physioray.embeddings import EmbeddingError, Embeddings, embed_windows
-from physioray.metrics import (
-    AGGREGATE,
-    METRICS,
-    aggregate_score,
-    bootstrap_by_subject,
-    explain_undefined,
-    score_predictions,
-)
-from physioray.probe import LinearHead, choose_head, fit_path
-from physioray.recipe import RecipeProblem, fit_recipe
+from physioray.probe import LinearHead, Target, choose_head, fit_paths
+from physioray.recipe import RecipeProblem, count_recipe_steps, fit_recipe
 from physioray.results import (
     CONVERGED,
-    CROSS_VALIDATION,
-    MOST_CLASSES,
+    CROSS_VALIDATIONS,
     PROBES,
     RECIPE,
     TEST,
+    VALIDATION,
     ScoreRow,
-    prediction_schema,
     write_results,
 )
+from physioray.scoring import Answers, Evaluation, ScoreBoard, aggregate_rows
 from physioray.signals import UNKNOWN, LookupMiss, Task, find_task
 
-__all__ = ["Embeddings", "Evaluation", "ScoreRow", "embed_windows", "evaluate_probe", "write_results"]
+__all__ = [
+    "Embeddings",
+    "Evaluation",
+    "ScoreRow",
+    "aggregate_rows",
+    "embed_windows",
+    "evaluate_probe",
+    "write_results",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Scores of one kind of features, and the predictions they were made from.
-
-    Attributes:
-        scores: see ScoreRow; a skipped task is a row without a value whose note says why.
-        predictions: see `results.prediction_schema`; for several training sizes those of the largest.
-        notes: sentences for the reader, for example a class that no training window had.
-    """
-
-    scores: list[ScoreRow]
-    predictions: pa.Table
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
 class _Context:
-    """What one evaluation carries through its steps; notes and tables gather here."""
+    """What one evaluation carries through its steps."""
 
     embeddings: Embeddings
-    cohort: Cohort
     config: ProbeConfig
-    common: dict[str, Any]
     owners: dict[str, Int64[np.ndarray, " rows"]]
-    numbers: Int[np.ndarray, " windows"]
-    starts: Float[np.ndarray, " windows"]
-    notes: list[str] = field(default_factory=list)
-    tables: list[pa.Table] = field(default_factory=list)
-
-    def note(self, sentence: str) -> None:
-        if sentence not in self.notes:
-            self.notes.append(sentence)
+    board: ScoreBoard
 
 
 def evaluate_probe(
@@ -93,6 +66,7 @@ def evaluate_probe(
     folds: Mapping[int, Sequence[Fold]] | None = None,
     subsets: Mapping[int, Sequence[str]] | None = None,
     evaluations: Sequence[str] = PROBES,
+    scored: str = TEST,
 ) -> Evaluation:
     """Score embeddings on every task by linear probes.
 
@@ -100,52 +74,65 @@ def evaluate_probe(
     cross-validation a seed draws the folds anew; on held-out splits it draws the recipe's head, and the converged
     solver, which draws nothing, is scored under the first seed only.
 
+    While settings are still chosen (`scored="validation"`) the validation subjects are scored, and a part of the
+    training subjects chooses the penalty; or, with folds, everybody but the test subjects. Rows of test subjects
+    among the embeddings are then dropped unseen.
+
     Args:
         embeddings: of all windows of the labelled subjects.
-        cohort: where they come from.
+        cohort: where they come from; its test split may be locked, and must not be read if `scored` is validation.
         config: tasks, seeds, penalties, recipe, bootstrap draws.
         features, pretraining, config_hash: written into every row.
         folds: by seed, the folds of one cross-validation.
         subsets: by size asked for, the training subjects; the whole training split if None (held out only).
         evaluations: which of `results.PROBES` to run.
+        scored: `test`, or `validation` while settings are still chosen.
 
     Raises:
         LookupMiss: an evaluation does not exist.
+        EmbeddingError: the embeddings are of another cohort.
+        LockedSplitError: test is to be scored and locked, or a fold holds a test subject while settings are chosen.
     """
     for name in evaluations:
         if name not in PROBES:
             raise LookupMiss(f"An evaluation must be one of {', '.join(PROBES)}, but got {name!r}.")
-    context = _open_context(embeddings, cohort, config, features, pretraining, config_hash)
-    plans = plan_folds(folds) if folds is not None else plan_holdout(cohort, subsets, config.seeds, context.note)
-    rows = []
-    broken = _find_breakage(embeddings)
+    check_scored(cohort, scored)
+    embeddings.check_cohort(cohort)
+    if scored == VALIDATION:
+        cohort, embeddings = _hide_test(cohort, embeddings)
+    board = ScoreBoard(cohort, config, features=features, pretraining=pretraining, config_hash=config_hash)
+    context = _Context(embeddings=embeddings, config=config, owners=map_owners(embeddings, cohort), board=board)
+    if folds is not None:
+        plans = plan_folds(folds, cohort=cohort, scored=scored)
+    else:
+        plans = plan_holdout(cohort, subsets, config.seeds, board.note, scored=scored)
+    tasks = _find_tasks(context, plans, evaluations, scored)
+    for evaluation in evaluations:
+        _evaluate_tasks(context, tasks, evaluation, plans)
+    return board.finish()
+
+
+def _hide_test(cohort: Cohort, embeddings: Embeddings) -> tuple[Cohort, Embeddings]:
+    """The cohort with its test split locked, and the embeddings of everybody else."""
+    reserved = [cohort.subjects.index(name) for name in cohort.list_subjects("test")]
+    return cohort.lock_test(), embeddings.select(~np.isin(embeddings.subject, reserved))
+
+
+def _find_tasks(context: _Context, plans: Sequence[Plan], evaluations: Sequence[str], scored: str) -> list[Task]:
+    """The tasks that can be probed; the others get a row each that says why not."""
+    board, config = context.board, context.config
+    broken = _find_breakage(context.embeddings)
+    tasks = []
     for name in config.tasks:
         task = find_task(name)
         reason = broken or _explain_absence(context, task, plans)
-        for evaluation in evaluations:
-            if reason:
-                rows.append(_skip_row(context, task, evaluation, plans, reason))
-            else:
-                rows += _evaluate_task(context, task, evaluation, plans)
         if reason:
-            context.note(f"{task.title} is skipped: {reason}.")
-    rows += aggregate_rows(rows, config.tasks)
-    tables = context.tables or [prediction_schema().empty_table()]
-    return Evaluation(scores=rows, predictions=pa.concat_tables(tables), notes=context.notes)
-
-
-def _open_context(
-    embeddings: Embeddings, cohort: Cohort, config: ProbeConfig, features: str, pretraining: str, config_hash: str
-) -> _Context:
-    return _Context(
-        embeddings=embeddings,
-        cohort=cohort,
-        config=config,
-        common={"features": features, "pretraining": pretraining, "config_hash": config_hash},
-        owners=map_owners(embeddings, cohort),
-        numbers=cohort.read_column("window"),
-        starts=cohort.read_column("start"),
-    )
+            board.note(f"{task.title} is skipped: {reason}.")
+            for evaluation in evaluations:
+                board.skip(task, evaluation, plans[0] if plans else Plan(split=scored, seed=0, folds=()), reason)
+        else:
+            tasks.append(task)
+    return tasks
 
 
 def _find_breakage(embeddings: Embeddings) -> str:
@@ -172,220 +159,112 @@ def _explain_absence(context: _Context, task: Task, plans: Sequence[Plan]) -> st
     return ""
 
 
-def _skip_row(context: _Context, task: Task, evaluation: str, plans: Sequence[Plan], reason: str) -> ScoreRow:
-    return _make_row(
-        context,
-        task,
-        evaluation,
-        plans[0] if plans else Plan(split=TEST, seed=0, folds=()),
-        metric=METRICS[0],
-        value=None,
-        note=f"skipped: {reason}",
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """One head to come: for which task and plan, on which rows."""
+
+    task: Task
+    plan: Plan
+    part: Part
 
 
-def _make_row(
-    context: _Context,
-    task: Task,
-    evaluation: str,
-    plan: Plan,
-    *,
-    metric: str,
-    value: float | None,
-    bounds: tuple[float, float] | None = None,
-    training_subjects: int = 0,
-    windows: int = 0,
-    subjects: int = 0,
-    note: str = "",
-) -> ScoreRow:
-    return ScoreRow(
-        **context.common,
-        evaluation=evaluation,
-        task=task.name,
-        split=plan.split,
-        metric=metric,
-        value=value,
-        low=bounds[0] if bounds and value is not None else None,
-        high=bounds[1] if bounds and value is not None else None,
-        seed=plan.seed,
-        training_subjects=training_subjects,
-        windows=windows,
-        subjects=subjects,
-        cohort_fingerprint=context.cohort.fingerprint,
-        simulated=context.cohort.simulated,
-        note=note,
-    )
-
-
-def _evaluate_task(context: _Context, task: Task, evaluation: str, plans: Sequence[Plan]) -> list[ScoreRow]:
-    """All rows of one task and way to evaluate, for every plan."""
-    if evaluation == CONVERGED and plans and plans[0].split == TEST:
-        context.note(
+def _evaluate_tasks(context: _Context, tasks: Sequence[Task], evaluation: str, plans: Sequence[Plan]) -> None:
+    """All scores of one way to evaluate: the heads of every task and plan are fitted together."""
+    if evaluation == CONVERGED and plans and plans[0].split not in CROSS_VALIDATIONS and tasks:
+        context.board.note(
             "On held-out splits the converged solver draws nothing at random: it is fitted once and has no spread "
             "over seeds."
         )
         plans = [plan for plan in plans if plan.seed == plans[0].seed]
-    embeddings = context.embeddings
-    jobs = [(plan, gather_parts(embeddings, context.owners, task, plan, context.note)) for plan in plans]
-    if evaluation == RECIPE:
-        fitted = _fit_recipes(context, task, jobs)
-    else:
-        fitted = [[_fit_converged(context, task, part) for part in parts] for _, parts in jobs]
-    rows = []
-    for (plan, parts), heads in zip(jobs, fitted, strict=True):
-        pairs = [(part, head) for part, head in zip(parts, heads, strict=True) if head is not None]
-        if pairs:
-            rows += _score_plan(context, task, evaluation, plan, pairs)
+    jobs, reasons = [], []
+    for task in tasks:
+        for plan in plans:
+            told: list[str] = []
+            parts = gather_parts(context.embeddings, context.owners, task, plan, told.append)
+            for sentence in told:
+                context.board.note(sentence)
+            jobs.append([_Fit(task=task, plan=plan, part=part) for part in parts])
+            reasons.append((task, plan, told))
+    flat = [fit for job in jobs for fit in job]
+    heads = iter(_fit_recipes(context, flat) if evaluation == RECIPE else _fit_converged(context, flat))
+    for job, (task, plan, told) in zip(jobs, reasons, strict=True):
+        if job:
+            _score_plan(context, task, evaluation, plan, [(fit.part, next(heads)) for fit in job])
         else:
-            reason = "no part of the data could be fitted and tested; see the notes"
-            rows.append(_skip_row(context, task, evaluation, [plan], reason))
-    return rows
+            why = told[0].rstrip(".") if told else "there is nobody to train on and to test"
+            context.board.skip(task, evaluation, plan, f"no part of the data could be fitted and tested: {why}")
 
 
-def _fit_converged(context: _Context, task: Task, part: Part) -> LinearHead:
-    vectors, labels = context.embeddings.vectors, context.embeddings.find_labels(task.name)
-    config = context.config
-    heads = fit_path(
-        vectors[part.train],
-        labels[part.train],
-        len(task.classes),
-        config.penalties,
-        class_weights=config.class_weights,
-    )
-    if not len(part.validation):
+def _fit_converged(context: _Context, fits: Sequence[_Fit]) -> list[LinearHead]:
+    """All heads of the fits, their penalties chosen; tasks that train on the same windows are fitted together."""
+    groups: dict[bytes, list[int]] = {}
+    for number, fit in enumerate(fits):
+        groups.setdefault(fit.part.train.tobytes(), []).append(number)
+    chosen: dict[int, LinearHead] = {}
+    for numbers in groups.values():
+        train = fits[numbers[0]].part.train
+        targets = [
+            Target(context.embeddings.find_labels(fits[number].task.name)[train], len(fits[number].task.classes))
+            for number in numbers
+        ]
+        config = context.config
+        paths = fit_paths(
+            context.embeddings.vectors[train], targets, config.penalties, class_weights=config.class_weights
+        )
+        for number, heads in zip(numbers, paths, strict=True):
+            chosen[number] = _choose(context, fits[number], heads)
+    return [chosen[number] for number in range(len(fits))]
+
+
+def _choose(context: _Context, fit: _Fit, heads: Sequence[LinearHead]) -> LinearHead:
+    validation = fit.part.validation
+    if not len(validation):
         middle = sorted(heads, key=lambda head: head.penalty or 0.0)[len(heads) // 2]
-        context.note(
-            f"{task.title}: no validation window has a label, so the middle penalty C = {middle.penalty} holds."
+        context.board.note(
+            f"{fit.task.title}: no validation window has a label, so the middle penalty C = {middle.penalty} holds."
         )
         return middle
-    return choose_head(heads, vectors[part.validation], labels[part.validation])
+    labels = context.embeddings.find_labels(fit.task.name)
+    return choose_head(heads, context.embeddings.vectors[validation], labels[validation])
 
 
-def _fit_recipes(context: _Context, task: Task, jobs: Sequence[tuple[Plan, Sequence[Part]]]) -> list[list[LinearHead]]:
-    """All heads of the jobs; those with training sets of a like size side by side, as they share their steps."""
-    labels = context.embeddings.find_labels(task.name)
-    groups: dict[int, list[tuple[int, RecipeProblem]]] = {}
-    for number, (plan, parts) in enumerate(jobs):
-        size = max((len(part.train) for part in parts), default=0) if plan.split == TEST else 0
-        for part in parts:
-            problem = RecipeProblem(
-                labels=labels,
-                classes=len(task.classes),
-                train=part.train,
-                validation=part.validation,
-                seed=plan.seed,
+def _fit_recipes(context: _Context, fits: Sequence[_Fit]) -> list[LinearHead]:
+    """All heads of the fits; those that take the same number of steps stand side by side."""
+    config = context.config
+    crossed = [len(fit.part.train) for fit in fits if fit.plan.split in CROSS_VALIDATIONS]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, fit in enumerate(fits):
+        # The folds of a cross-validation differ by a few windows only and take the steps of the largest.
+        size = max(crossed) if crossed else len(fit.part.train)
+        length = (count_recipe_steps(size, config), min(size, config.recipe_batch_size))
+        groups.setdefault(length, []).append(number)
+    found: dict[int, LinearHead] = {}
+    for numbers in groups.values():
+        problems = [
+            RecipeProblem(
+                labels=context.embeddings.find_labels(fits[number].task.name),
+                classes=len(fits[number].task.classes),
+                train=fits[number].part.train,
+                validation=fits[number].part.validation,
+                seed=fits[number].plan.seed,
             )
-            groups.setdefault(size, []).append((number, problem))
-    fitted: list[list[LinearHead]] = [[] for _ in jobs]
-    for group in groups.values():
-        heads = fit_recipe(context.embeddings.vectors, [problem for _, problem in group], context.config)
-        for (number, _), head in zip(group, heads, strict=True):
-            fitted[number].append(head)
-    return fitted
+            for number in numbers
+        ]
+        heads = fit_recipe(context.embeddings.vectors, problems, config)
+        found |= dict(zip(numbers, heads, strict=True))
+    return [found[number] for number in range(len(fits))]
 
 
 def _score_plan(
     context: _Context, task: Task, evaluation: str, plan: Plan, pairs: Sequence[tuple[Part, LinearHead]]
-) -> list[ScoreRow]:
+) -> None:
     embeddings = context.embeddings
     rows = np.concatenate([part.test for part, _ in pairs])
-    probabilities = np.concatenate([head.predict(embeddings.vectors[part.test]) for part, head in pairs])
-    order = np.argsort(embeddings.window_id[rows])
-    rows, probabilities = rows[order], probabilities[order]
-    true, predicted = embeddings.find_labels(task.name)[rows], probabilities.argmax(1)
-    subject = embeddings.subject[rows]
-    scores = score_predictions(task, true, predicted, probabilities)
-    intervals = bootstrap_by_subject(
-        task, true, predicted, probabilities, subject, context.config.bootstrap_draws, seed=0
+    answers = Answers(
+        window_id=embeddings.window_id[rows],
+        true=embeddings.find_labels(task.name)[rows],
+        probabilities=np.concatenate([head.predict(embeddings.vectors[part.test]) for part, head in pairs]),
+        subject=embeddings.subject[rows],
+        training_subjects=round(float(np.mean([part.training_subjects for part, _ in pairs]))),
     )
-    reasons = explain_undefined(task, true, predicted)
-    if plan.largest:
-        context.tables.append(_tabulate(context, task, evaluation, plan, rows, true, predicted, probabilities))
-    training_subjects = round(float(np.mean([part.training_subjects for part, _ in pairs])))
-    return [
-        _make_row(
-            context,
-            task,
-            evaluation,
-            plan,
-            metric=metric,
-            value=scores[metric],
-            bounds=intervals[metric],
-            training_subjects=training_subjects,
-            windows=len(rows),
-            subjects=len(np.unique(subject)),
-            note=reasons.get(metric, ""),
-        )
-        for metric in METRICS
-    ]
-
-
-def _tabulate(
-    context: _Context,
-    task: Task,
-    evaluation: str,
-    plan: Plan,
-    rows: Int64[np.ndarray, " n"],
-    true: Int[np.ndarray, " n"],
-    predicted: Int[np.ndarray, " n"],
-    probabilities: Float[np.ndarray, "n classes"],
-) -> pa.Table:
-    ids = context.embeddings.window_id[rows]
-    recordings = context.cohort.recordings
-    columns: dict[str, object] = {
-        "recording": [recordings[number].name for number in context.embeddings.recording[rows]],
-        "subject": [context.cohort.subjects[number] for number in context.embeddings.subject[rows]],
-        "window_id": ids,
-        "window": context.numbers[ids],
-        "start": context.starts[ids],
-        "true": true,
-        "predicted": predicted.astype(np.int8),
-        "seed": np.full(len(rows), plan.seed, np.int64),
-    }
-    for number in range(MOST_CLASSES):
-        known = number < len(task.classes)
-        columns[f"p{number}"] = probabilities[:, number].astype(np.float32) if known else [None] * len(rows)
-    texts = {"task": task.name, "evaluation": evaluation, "split": plan.split, "features": context.common["features"]}
-    columns |= {name: [text] * len(rows) for name, text in texts.items()}
-    schema = prediction_schema()
-    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
-
-
-def aggregate_rows(rows: Iterable[ScoreRow], tasks: Sequence[str]) -> list[ScoreRow]:
-    """One aggregate per seed and training size; over fewer tasks than asked for, the note says which."""
-    groups: dict[tuple[str, int, int], dict[str, ScoreRow]] = {}
-    headline = [row for row in rows if row.metric == METRICS[0] and row.value is not None]
-    # The number of labelled training subjects may differ a little between tasks; they belong to one aggregate
-    # if they stand at the same place in the order of sizes.
-    sizes = {
-        (row.evaluation, row.task): sorted(
-            {
-                other.training_subjects
-                for other in headline
-                if (other.evaluation, other.task) == (row.evaluation, row.task)
-            }
-        )
-        for row in headline
-    }
-    for row in headline:
-        place = 0 if row.split == CROSS_VALIDATION else sizes[row.evaluation, row.task].index(row.training_subjects)
-        groups.setdefault((row.evaluation, row.seed, place), {})[row.task] = row
-    found = []
-    for members in groups.values():
-        first = next(iter(members.values()))
-        value = aggregate_score({task: row.value for task, row in members.items() if row.value is not None})
-        note = "" if set(members) == set(tasks) else f"over {', '.join(members)} only"
-        found.append(
-            dataclasses.replace(
-                first,
-                task=AGGREGATE,
-                metric=AGGREGATE,
-                value=value,
-                low=None,
-                high=None,
-                windows=max(row.windows for row in members.values()),
-                subjects=max(row.subjects for row in members.values()),
-                note=note,
-            )
-        )
-    return found
+    context.board.add(task, evaluation, plan, answers)

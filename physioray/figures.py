@@ -136,6 +136,34 @@ def _scale_passes(axes: Axes, passes: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
+def plot_confusion(task: str, counts: Int[np.ndarray, "true predicted"], caption: str = "") -> str:
+    """Confusion matrix: shares of each true class as shade and per cent, with the windows below.
+
+    Args:
+        task: name of the task.
+        counts: windows by true class (rows) and predicted class (columns).
+        caption: behind the title.
+    """
+    found = find_task(task)
+    total = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    size = 1.6 + 0.75 * len(found.classes)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(size + 0.4, size), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for row, column in np.ndindex(*counts.shape):
+            ink = "white" if shares[row, column] > 0.55 else INK
+            text = f"{shares[row, column]:.0%}\n{int(counts[row, column]):,}" if total[row, 0] else "-"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
+        axes.set_xticks(range(len(found.classes)), found.classes)
+        axes.set_yticks(range(len(found.classes)), found.classes)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set(title=f"{found.title}{caption}", xlabel="predicted", ylabel="true")
+        return render_svg(figure, _slug(f"confusion-{task}"))
+
+
 def find_runs(
     start: Float[np.ndarray, " n"], jumps: Sequence[float], *, step: float = float(WINDOW_SECONDS)
 ) -> list[slice]:

@@ -12,25 +12,30 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from physioray.checkpoint import load_checkpoint
 from physioray.config import ProbeConfig, TrainConfig, hash_config, to_dict
+from physioray.data.batches import BatchSource
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.data.splits import Fold
-from physioray.divisions import Plan, plan_folds, plan_holdout
-from physioray.evaluate import Evaluation, aggregate_rows
+from physioray.divisions import check_scored, plan_folds, plan_holdout
 from physioray.journal import Journal, Screen
-from physioray.metrics import METRICS, bootstrap_by_subject, explain_undefined, score_predictions
 from physioray.models.heads import Classifier
 from physioray.objectives.classification import WeightedCrossEntropy
-from physioray.pretrain import MakeSource, choose_checkpoint, find_pretraining_windows, load_encoder
+from physioray.pretrain import (
+    MakeSource,
+    check_modalities,
+    choose_checkpoint,
+    find_pretraining_windows,
+    load_encoder,
+)
 from physioray.probe import ProbeError, check_training, weigh_classes
-from physioray.results import FINETUNE, FROZEN, MOST_CLASSES, SCRATCH, ScoreRow, prediction_schema
+from physioray.results import FINETUNE, FROZEN, SCRATCH, TEST, VALIDATION
+from physioray.scoring import Answers, Evaluation, ScoreBoard
 from physioray.signals import UNKNOWN, Task, find_task
 from physioray.storage import StorageError, hash_value, open_location
 from physioray.strategies import (
@@ -123,11 +128,11 @@ def finetune(
 ) -> FinetuneResult:
     """Train on a task in this process, or take it up where it stopped, and classify the test subjects' windows.
 
-    The weights of the lowest validation loss are used, or the last ones (`train.select`).
+    The weights of the lowest validation loss are used, or the last (`train.select`).
 
     Raises:
         ProbeError: the training subjects have no labelled window, or all are of one class.
-        StorageError: there is no such checkpoint.
+        StorageError: there is no such checkpoint, or it needs modalities that the cohort lacks.
     """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -135,6 +140,7 @@ def finetune(
     cohort, out, task = _open_cohort(job), open_location(job.out), find_task(job.task)
     encoder, pretrained = _open_trunk(job)
     names = tuple(encoder.tokens)
+    check_modalities(names, cohort, job.checkpoint or "the model to be trained from scratch")
     windows = _divide_windows(cohort, job, names)
     labels = cohort.read_labels(task.name)[windows["train"]]
     check_training(labels, len(task.classes))
@@ -149,12 +155,11 @@ def finetune(
         "rank": group.rank,
         "world_size": group.world_size,
     }
-    held_out = windows["validation"]
     result = train(
         model=model,
         objective=WeightedCrossEntropy(task.name, (weights if job.class_weights else (weights > 0)).tolist()),
         source=make_source(cohort, windows["train"], **shared),
-        validation=make_source(cohort, held_out, **shared) if len(held_out) >= group.world_size else None,
+        validation=_make_validation(cohort, windows["validation"], make_source, shared),
         config=job.train,
         folder=out / "checkpoints",
         identity=_identify(job, windows, pretrained),
@@ -173,6 +178,13 @@ def finetune(
         training_subjects=len(_list_owners(cohort, windows["train"])),
         pretraining=pretrained["strategy"],
     )
+
+
+def _make_validation(
+    cohort: Cohort, window_ids: NDArray[np.int64], make_source: MakeSource, shared: dict[str, Any]
+) -> BatchSource | None:
+    """The validation subjects' batches; None with fewer windows than workers."""
+    return make_source(cohort, window_ids, **shared) if len(window_ids) >= shared["world_size"] else None
 
 
 @torch.inference_mode()
@@ -199,53 +211,84 @@ def evaluate_finetuning(
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
     train_one: Callable[[FinetuneJob], FinetuneResult] | None = None,
+    scored: str = TEST,
 ) -> Evaluation:
     """Train on every task, seed and fold, and score the test subjects; what is finished is not trained again.
+
+    Plans, scopes, tables and notes are those of `evaluate_probe`: the rows of both stand in one table. Of the
+    training subjects of a plan those train, the plan's validation subjects choose the weights.
 
     Args:
         job: what to train; task, fold, seed and folder are filled in here.
         config: tasks, seeds and bootstrap draws.
-        folds, subsets: as for `evaluate_probe`.
+        folds, subsets, scored: as for `evaluate_probe`.
         device, screen: as for `finetune`.
         train_one: runs one training, or finds it done; `finetune` if None.
+
+    Raises:
+        StorageError: there is no such checkpoint, or it needs modalities that the cohort lacks.
+        LockedSplitError: a fold holds a test subject while settings are chosen.
     """
-    cohort = Cohort.open(job.cohort)
     run = train_one or partial(finetune, device=device, screen=screen)
-    notes: list[str] = []
-    plans = plan_folds(folds) if folds is not None else plan_holdout(cohort, subsets, config.seeds, notes.append)
-    rows: list[ScoreRow] = []
-    tables: list[pa.Table] = []
+    check_scored(cohort := Cohort.open(job.cohort, test_locked=scored == VALIDATION), scored)
+    pretraining, features = _name_trunk(job)
+    config_hash = hash_config(replace(job.train, seed=0))
+    board = ScoreBoard(cohort, config, features=features, pretraining=pretraining, config_hash=config_hash)
+    if folds is not None:
+        plans = plan_folds(folds, cohort=cohort, scored=scored)
+    else:
+        plans = plan_holdout(cohort, subsets, config.seeds, board.note, scored=scored)
+    # What is trained while settings are chosen stands apart: its training subjects are others.
+    out = f"{job.out}/selection" if scored == VALIDATION else job.out
     for name in config.tasks:
         task = find_task(name)
         for plan in plans:
-            found = []
+            found, reasons = [], []
             for number, fold in enumerate(plan.folds):
-                place = f"{job.out}/{name}/subjects-{len(fold.train)}-seed-{plan.seed}-fold-{number}"
+                place = f"{out}/{name}/subjects-{len(fold.train)}-seed-{plan.seed}-fold-{number}"
                 settings = replace(job.train, seed=plan.seed)
                 one = replace(job, task=name, fold=fold, train=settings, out=place)
                 try:
                     found.append(run(one))
                 except ProbeError as error:
-                    notes.append(f"{task.title}, seed {plan.seed}, fold {number + 1}: left out. {error}")
+                    reasons.append(f"{task.title}, seed {plan.seed}, fold {number + 1}: left out. {error}")
+                    board.note(reasons[-1])
             if sum(len(item.window_id) for item in found):
-                scores, table = _score(job, cohort, config, task, plan, found)
-                rows += scores
-                tables += [table] if plan.largest else []
+                board.add(task, job.evaluation, plan, _join(cohort, task, found))
             else:
-                notes.append(f"{task.title}, seed {plan.seed}: no window could be trained on and tested.")
-    rows += aggregate_rows(rows, config.tasks)
-    predictions = pa.concat_tables(tables or [prediction_schema().empty_table()])
-    return Evaluation(scores=rows, predictions=predictions, notes=list(dict.fromkeys(notes)))
+                why = reasons[0].rstrip(".") if reasons else "no window of those to be tested has a label"
+                board.note(f"{task.title}, seed {plan.seed}: no window could be trained on and tested.")
+                board.skip(task, job.evaluation, plan, why)
+    return board.finish()
+
+
+def _join(cohort: Cohort, task: Task, found: Sequence[FinetuneResult]) -> Answers:
+    """The answers of one plan: the folds' test windows together."""
+    ids = np.concatenate([item.window_id for item in found])
+    subject = np.array([item.subject_index for item in cohort.recordings], np.int64)
+    return Answers(
+        window_id=ids,
+        true=cohort.read_labels(task.name)[ids],
+        probabilities=np.concatenate([item.probabilities for item in found]),
+        subject=subject[cohort.locate(ids)[0]],
+        training_subjects=round(float(np.mean([item.training_subjects for item in found]))),
+    )
+
+
+def _name_trunk(job: FinetuneJob) -> tuple[str, str]:
+    """Names of the strategy and of the features in result files."""
+    if job.checkpoint is None:
+        assert job.model is not None
+        return name_strategy(job.model, None), "untrained"
+    return _open_trunk(job)[1]["strategy"], "pretrained"
 
 
 def _open_cohort(job: FinetuneJob) -> Cohort:
-    """The cohort; with its test subjects locked away if the training's fold has none of them, to choose by."""
+    """The job's cohort, its test split locked if the fold needs nobody of it."""
     cohort = Cohort.open(job.cohort)
-    if job.fold is None:
-        return cohort
-    people = {*job.fold.train, *job.fold.validation, *job.fold.test}
-    tested = any(item.split == "test" and item.subject in people for item in cohort.recordings)
-    return cohort if tested else cohort.lock_test()
+    people = set() if job.fold is None else {*job.fold.train, *job.fold.validation, *job.fold.test}
+    needed = job.fold is None or people & set(cohort.list_subjects("test"))
+    return cohort if needed else cohort.lock_test()
 
 
 def _open_trunk(job: FinetuneJob) -> tuple[Encoder, dict[str, Any]]:
@@ -278,7 +321,7 @@ def _identify(
 def _divide_windows(cohort: Cohort, job: FinetuneJob, modalities: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """Windows of training, validation and test subjects: those with a known label and one of the modalities."""
     labels = cohort.read_labels(job.task)
-    usable = find_pretraining_windows(cohort, cohort.splits, modalities)
+    usable = find_pretraining_windows(cohort, cohort.readable_splits, modalities)
     usable = usable[labels[usable] != UNKNOWN]
     if job.fold is None:
         theirs = {part: cohort.find_windows(splits=[part]) for part in ("train", "validation", "test")}
@@ -295,82 +338,6 @@ def _list_owners(cohort: Cohort, window_ids: NDArray[np.int64]) -> NDArray[np.in
     """Subject numbers that some windows belong to."""
     subject = np.array([item.subject_index for item in cohort.recordings], np.int64)
     return np.unique(subject[cohort.locate(window_ids)[0]])
-
-
-def _score(
-    job: FinetuneJob,
-    cohort: Cohort,
-    config: ProbeConfig,
-    task: Task,
-    plan: Plan,
-    found: Sequence[FinetuneResult],
-) -> tuple[list[ScoreRow], pa.Table]:
-    """Scores and predictions of one plan: the folds' test windows together."""
-    ids = np.concatenate([item.window_id for item in found])
-    probabilities = np.concatenate([item.probabilities for item in found])
-    order = np.argsort(ids)
-    ids, probabilities = ids[order], probabilities[order]
-    true, predicted = cohort.read_labels(task.name)[ids], probabilities.argmax(1)
-    recording = cohort.locate(ids)[0]
-    subject = np.array([item.subject_index for item in cohort.recordings], np.int64)[recording]
-    scores = score_predictions(task, true, predicted, probabilities)
-    intervals = bootstrap_by_subject(task, true, predicted, probabilities, subject, config.bootstrap_draws, seed=0)
-    reasons = explain_undefined(task, true, predicted)
-    features = "untrained" if job.evaluation == SCRATCH else "pretrained"
-    rows = []
-    for metric in METRICS:
-        bounds = intervals[metric] if scores[metric] is not None else None
-        rows.append(
-            ScoreRow(
-                pretraining=found[0].pretraining,
-                evaluation=job.evaluation,
-                features=features,
-                task=task.name,
-                split=plan.split,
-                metric=metric,
-                value=scores[metric],
-                low=bounds[0] if bounds else None,
-                high=bounds[1] if bounds else None,
-                seed=plan.seed,
-                training_subjects=round(float(np.mean([item.training_subjects for item in found]))),
-                windows=len(ids),
-                subjects=len(np.unique(subject)),
-                cohort_fingerprint=cohort.fingerprint,
-                simulated=cohort.simulated,
-                config_hash=hash_config(replace(job.train, seed=0)),
-                note=reasons.get(metric, ""),
-            )
-        )
-    common = {"task": task.name, "features": features, "evaluation": job.evaluation, "split": plan.split}
-    return rows, _tabulate(cohort, ids, true, predicted, probabilities, common, plan.seed)
-
-
-def _tabulate(
-    cohort: Cohort,
-    ids: NDArray[np.int64],
-    true: NDArray[np.int8],
-    predicted: NDArray[np.int64],
-    probabilities: Float[np.ndarray, "n classes"],
-    common: Mapping[str, str],
-    seed: int,
-) -> pa.Table:
-    owners = [cohort.recordings[number] for number in cohort.locate(ids)[0]]
-    columns: dict[str, object] = {
-        "recording": [item.name for item in owners],
-        "subject": [item.subject for item in owners],
-        "window_id": ids,
-        "window": cohort.read_column("window")[ids],
-        "start": cohort.read_column("start")[ids],
-        "true": true,
-        "predicted": predicted.astype(np.int8),
-        "seed": np.full(len(ids), seed, np.int64),
-    }
-    for number in range(MOST_CLASSES):
-        known = number < probabilities.shape[1]
-        columns[f"p{number}"] = probabilities[:, number].astype(np.float32) if known else [None] * len(ids)
-    columns |= {name: [text] * len(ids) for name, text in common.items()}
-    schema = prediction_schema()
-    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def describe_finetuning(job: FinetuneJob) -> dict[str, Any]:

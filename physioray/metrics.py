@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
 from sklearn.metrics import (
     accuracy_score,
     cohen_kappa_score,
@@ -191,8 +192,7 @@ def weigh_confusions(
     Label metrics depend on the windows through the confusion matrix alone, so a draw costs `subjects` x
     `classes` squared operations instead of a pass over all windows.
     """
-    cells = (owner * classes + true) * classes + predicted
-    per_subject = np.bincount(cells, minlength=weights.shape[1] * classes * classes)
+    per_subject = count_by_subject(classes, true, predicted, owner, weights.shape[1])
     summed = weights @ per_subject.reshape(weights.shape[1], -1).astype(np.float64)
     return summed.reshape(len(weights), classes, classes)
 
@@ -267,13 +267,59 @@ def count_confusion(
     return confusion_matrix(true[known], predicted[known], labels=np.arange(len(task.classes)))
 
 
-def aggregate_score(scores_by_task: Mapping[str, float]) -> float:
+def count_by_subject(
+    classes: int,
+    true: Int[np.ndarray, "n"],
+    predicted: Int[np.ndarray, "n"],
+    owner: Int[np.ndarray, "n"],
+    subjects: int,
+) -> Int[np.ndarray, "subjects true predicted"]:
+    """Confusion matrix of every subject, `owner` `(n,)` from 0 to `subjects` - 1; labels must be known."""
+    cells = (owner.astype(np.int64) * classes + true) * classes + predicted
+    return np.bincount(cells, minlength=subjects * classes * classes).reshape(subjects, classes, classes)
+
+
+def score_subjects(
+    task: Task,
+    true: Int[np.ndarray, "n"],
+    predicted: Int[np.ndarray, "n"],
+    probabilities: Float[np.ndarray, "n classes"],
+    owner: Int[np.ndarray, "n"],
+    subjects: int,
+) -> dict[str, Float[np.ndarray, "subjects"]]:
+    """Every metric of every subject on their own windows; definitions as in `score_predictions`, NaN where undefined.
+
+    Args:
+        task, true, predicted, probabilities: as in `score_predictions`, labels known.
+        owner: `(n,)` whose window it is, from 0 to `subjects` - 1.
+        subjects: how many people.
+    """
+    values = _score_confusions(count_by_subject(len(task.classes), true, predicted, owner, subjects).astype(float))
+    values["auroc"] = np.full(subjects, np.nan)
+    columns = [1] if len(task.classes) == 2 else range(len(task.classes))
+    for number in range(subjects):
+        mine = owner == number
+        if len(np.unique(true[mine])) == len(task.classes):
+            parts = [_rank_auroc(true[mine] == column, probabilities[mine, column]) for column in columns]
+            values["auroc"][number] = np.mean(parts)
+    return {metric: values[metric] for metric in METRICS}
+
+
+def _rank_auroc(positive: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> float:
+    """AUROC by ranks (Mann and Whitney), ties counting half; scikit-learn's takes thirty times longer on a night."""
+    hits, misses = int(positive.sum()), int((~positive).sum())
+    return float((rankdata(score)[positive].sum() - hits * (hits + 1) / 2) / (hits * misses))
+
+
+def aggregate_score(scores_by_task: Mapping[str, float], classes: Mapping[str, int] | None = None) -> float:
     """Mean over tasks of how far balanced accuracy lies above guessing, (s - r) / r with r the chance level.
 
-    Fang et al. 2024, section 4. It is computed per seed; aggregates over different tasks do not compare.
+    Fang et al. 2024, section 4. It is computed per seed; aggregates over different tasks do not compare. Where a
+    cohort lacks classes, r is one over the number of those that occur, as balanced accuracy is their mean.
 
     Args:
         scores_by_task: balanced accuracy by name of the task.
+        classes: by task how many classes occur; all of them if None, left out or 0.
 
     Raises:
         ValueError: no task was given.
@@ -283,6 +329,6 @@ def aggregate_score(scores_by_task: Mapping[str, float]) -> float:
         raise ValueError("An aggregate needs the balanced accuracy of at least one task, but got none.")
     gains = []
     for name, score in scores_by_task.items():
-        chance = find_task(name).chance
+        chance = 1.0 / ((classes or {}).get(name, 0) or len(find_task(name).classes))
         gains.append((score - chance) / chance)
     return float(np.mean(gains))

@@ -26,7 +26,7 @@ from physioray.data.gather import GatherSource
 from physioray.journal import AfterPass, Journal, Screen
 from physioray.models.fused import MaskedAutoencoder
 from physioray.presets import Preset
-from physioray.signals import PRETRAINING_SPLITS, LookupMiss, Split, present_column
+from physioray.signals import PRETRAINING_SPLITS, LookupMiss, Split, find_modality, present_column
 from physioray.storage import Location, StorageError, open_location
 from physioray.strategies import (
     Encoder,
@@ -155,10 +155,10 @@ def pretrain(
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     group = group or WorkerGroup()
-    cohort, out = Cohort.open(job.cohort), open_location(job.out)
-    if "test" not in job.splits:
-        cohort = cohort.lock_test()
-    names = job.model.modalities
+    # A pretraining that does not need the test subjects cannot see them.
+    cohort = Cohort.open(job.cohort, test_locked="test" not in job.splits)
+    out, names = open_location(job.out), job.model.modalities
+    check_modalities(names, cohort, "The model to be pretrained")
     shared: dict[str, Any] = {"batch_size": job.train.batch_size, "seed": job.train.seed, "modalities": names}
     shared |= {"rank": group.rank, "world_size": group.world_size}
     objective = build_objective(job.objective)
@@ -224,6 +224,37 @@ def choose_checkpoint(folder: Location, train: TrainConfig) -> Location:
     """The checkpoint that a finished run is judged by: the best one if that was asked for and there is one."""
     best = folder / "best.pt"
     return best if train.select == "best" and best.exists() else folder / "last.pt"
+
+
+def check_modalities(names: Sequence[str], cohort: Cohort, what: str) -> None:
+    """Refuse a model of modalities that a cohort does not hold, or holds at another rate.
+
+    Raises:
+        StorageError: names the model, what it needs and what the cohort holds.
+    """
+    missing = [name for name in names if name not in cohort.modalities]
+    if missing:
+        raise StorageError(
+            f"{what} is made for {', '.join(names)}, but {cohort.location} holds {', '.join(cohort.modalities)}: "
+            f"{', '.join(missing)} is missing. Ingest with --modalities, or take the checkpoint of another strategy."
+        )
+    for name in names:
+        if cohort.modalities[name].samples != find_modality(name).samples:
+            raise StorageError(
+                f"{what} must have {find_modality(name).samples} samples of {name} a window, but {cohort.location} "
+                f"holds {cohort.modalities[name].samples}. Ingest again with this version."
+            )
+
+
+def open_encoder(place: Location, cohort: Cohort, device: torch.device | str = "cpu") -> Encoder:
+    """The pretrained encoder of a checkpoint, once it is sure that this cohort's windows can be put through it.
+
+    Raises:
+        StorageError: there is no whole checkpoint of a pretraining, or its modalities are not the cohort's.
+    """
+    encoder = load_encoder(place, device)
+    check_modalities(tuple(encoder.tokens), cohort, f"The checkpoint {place}")
+    return encoder
 
 
 def load_model(place: Location, device: torch.device | str = "cpu") -> Model:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
+
+from physioray.solver import minimise_together
 
 _BLAS = ThreadpoolController()
 
@@ -24,6 +25,16 @@ REFERENCE_WINDOWS = 10_000
 ITERATIONS = 500
 TOLERANCE = 1e-5
 """Largest gradient at which the solver stops: probabilities are then within 1e-4 of the limit."""
+
+VALUE_TOLERANCE = 1e-11
+"""The solver also stops where a step lowers the loss by less than this."""
+
+ROUGH_TOLERANCE = 1e-8
+"""The same for the part of the way that is gone in single precision."""
+
+SINGLE_PRECISION_CELLS = 100_000
+"""Training matrices with more numbers than this are descended in single precision first, which takes half the time,
+and only the last steps in double precision."""
 
 FULL_PRECISION_CELLS = 20_000_000
 """Training matrices with more numbers than this are kept in single precision, to halve memory and time."""
@@ -81,8 +92,14 @@ def standardise(
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
     """Mean and standard deviation `(features,)` over windows; a constant feature gets the deviation 1."""
     mean = features.mean(0, dtype=np.float64)
-    scale = features.std(0, dtype=np.float64)
-    return mean, np.where(scale > 1e-7 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
+    return mean, keep_constant(mean, features.std(0, dtype=np.float64))
+
+
+def keep_constant(
+    mean: Float[np.ndarray, "*sets features"], deviation: Float[np.ndarray, "*sets features"]
+) -> Float[np.ndarray, "*sets features"]:
+    """The standard deviations to divide by: 1 for a feature that does not vary."""
+    return np.where(deviation > 1e-7 * np.maximum(1.0, np.abs(mean)), deviation, 1.0)
 
 
 def check_training(labels: Int[np.ndarray, " n"], classes: int) -> None:
@@ -100,6 +117,19 @@ def check_training(labels: Int[np.ndarray, " n"], classes: int) -> None:
         raise ProbeError(f"A probe needs training windows of at least two classes, but all are of class {found[0]}.")
 
 
+@dataclass(frozen=True)
+class Target:
+    """What one task asks of some training windows.
+
+    Attributes:
+        labels: `(n,)` class numbers, all known.
+        classes: number of classes of the task.
+    """
+
+    labels: Int[np.ndarray, " n"]
+    classes: int
+
+
 def fit_path(
     features: Float[np.ndarray, "n features"],
     labels: Int[np.ndarray, " n"],
@@ -108,14 +138,7 @@ def fit_path(
     *,
     class_weights: bool = True,
 ) -> list[LinearHead]:
-    """Fit multinomial logistic regression to convergence, once per penalty.
-
-    The loss is C * REFERENCE_WINDOWS * mean_i(s_i * cross_entropy_i) + |W|^2 / 2 with class weights s_i, biases
-    free. It is scikit-learn's (C * sum) for a training set of REFERENCE_WINDOWS windows; taking the mean makes one
-    C mean the same balance of data and penalty for 25 subjects as for 500. The solver is L-BFGS in the principal
-    axes of the features, each axis scaled by the curvature to expect along it, which takes some ten times fewer
-    iterations than in the features themselves; it starts every penalty from the last one's solution and draws
-    nothing at random.
+    """Fit multinomial logistic regression to convergence, once per penalty: `fit_paths` for a single task.
 
     Args:
         features: `(n, features)` training windows, not standardised.
@@ -130,72 +153,152 @@ def fit_path(
     Raises:
         ProbeError: see `check_training`.
     """
-    check_training(labels, classes)
+    return fit_paths(features, [Target(labels, classes)], penalties, class_weights=class_weights)[0]
+
+
+def fit_paths(
+    features: Float[np.ndarray, "n features"],
+    targets: Sequence[Target],
+    penalties: Sequence[float],
+    *,
+    class_weights: bool = True,
+) -> list[list[LinearHead]]:
+    """Fit multinomial logistic regressions to convergence: every task and penalty side by side on the same windows.
+
+    The loss is C * REFERENCE_WINDOWS * mean_i(s_i * cross_entropy_i) + |W|^2 / 2 with class weights s_i, biases
+    free. It is scikit-learn's (C * sum) for a training set of REFERENCE_WINDOWS windows; taking the mean makes one
+    C mean the same balance of data and penalty for 25 subjects as for 500. The solver is L-BFGS in the principal
+    axes of the features, each axis scaled by the curvature to expect along it, which takes some ten times fewer
+    iterations than in the features themselves; all heads take a step in the same two matrix products
+    (`solver.minimise_together`). Nothing is drawn at random.
+
+    Args:
+        features: `(n, features)` training windows, not standardised.
+        targets: the tasks' labels of these windows.
+        penalties, class_weights: as for `fit_path`.
+
+    Returns:
+        For every target one head per penalty, in the order given.
+
+    Raises:
+        ProbeError: see `check_training`.
+    """
+    for target in targets:
+        check_training(target.labels, target.classes)
     # Beside products this small, waking BLAS's other threads costs twelve times what they save (measured).
     with _BLAS.limit(limits=1 if features.size <= FULL_PRECISION_CELLS else None, user_api="blas"):
-        return _fit_path(features, labels, classes, penalties, class_weights)
+        return _fit_paths(features, targets, penalties, class_weights)
 
 
-def _fit_path(
+def _fit_paths(
     features: Float[np.ndarray, "n features"],
-    labels: Int[np.ndarray, " n"],
-    classes: int,
+    targets: Sequence[Target],
     penalties: Sequence[float],
     class_weights: bool,
-) -> list[LinearHead]:
-    found, compact = np.unique(labels, return_inverse=True)
-    weights = weigh_classes(labels, classes)[labels] if class_weights else np.ones(len(labels))
+) -> list[list[LinearHead]]:
     mean, scale = standardise(features)
     precision = np.float64 if features.size <= FULL_PRECISION_CELLS else np.float32
     scaled = ((features - mean.astype(features.dtype)) / scale.astype(features.dtype)).astype(precision)
     covariance = np.asarray(scaled.T @ scaled, np.float64) / len(scaled)
     spread, axes = np.linalg.eigh(covariance)
-    rotated = scaled @ axes.astype(precision)
-    share = weights / weights.sum()
-    heads: dict[float, LinearHead] = {}
-    solution = np.zeros((len(found), features.shape[1] + 1))
-    for penalty in sorted(penalties):
-        solution = _solve(rotated, compact, share, spread, penalty * REFERENCE_WINDOWS, solution)
-        weight = np.zeros((classes, features.shape[1]))
-        bias = np.full(classes, -np.inf)
-        weight[found] = solution[:, :-1] @ axes.T
-        bias[found] = solution[:, -1]
-        heads[penalty] = LinearHead(mean=mean, scale=scale, weight=weight, bias=bias, penalty=penalty)
-    return [heads[penalty] for penalty in penalties]
+    # Windows stand last, (features, n): softmax over a handful of classes is then several times faster.
+    rotated = np.ascontiguousarray((scaled @ axes.astype(precision)).T)
+    blocks = []
+    for target in targets:
+        found, compact = np.unique(target.labels, return_inverse=True)
+        weights = weigh_classes(target.labels, target.classes)[target.labels] if class_weights else np.ones(len(scaled))
+        share = weights / weights.sum()
+        blocks += [_Block(found, compact, share, penalty * REFERENCE_WINDOWS) for penalty in penalties]
+    solutions = iter(_solve(rotated, blocks, spread))
+    blocked = iter(blocks)
+    paths = []
+    for target in targets:
+        heads = []
+        for penalty in penalties:
+            solution, block = next(solutions), next(blocked)
+            weight, bias = np.zeros((target.classes, features.shape[1])), np.full(target.classes, -np.inf)
+            weight[block.found] = solution[:, :-1] @ axes.T
+            bias[block.found] = solution[:, -1]
+            heads.append(LinearHead(mean=mean, scale=scale, weight=weight, bias=bias, penalty=penalty))
+        paths.append(heads)
+    return paths
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One regression: the classes that occur, each window's among them and its share; penalty |W|^2 / (2 strength)."""
+
+    found: Int[np.ndarray, " classes"]
+    labels: Int[np.ndarray, " n"]
+    share: Float[np.ndarray, " n"]
+    strength: float
 
 
 def _solve(
-    rotated: Float[np.ndarray, "n features"],
+    rotated: Float[np.ndarray, "features n"], blocks: Sequence[_Block], spread: Float[np.ndarray, " features"]
+) -> list[Float[np.ndarray, "classes columns"]]:
+    """Minimise sum_i share_i * cross_entropy_i + |W|^2 / (2 strength) of every block; the last column is the bias."""
+    sizes = np.array([len(block.found) for block in blocks])
+    owner = np.repeat(np.arange(len(blocks)), sizes)
+    strength = np.array([block.strength for block in blocks])
+    # Curvature of the softmax at the uniform guess is spread * (1 - 1/K) / K; that of the penalty 1 / strength.
+    curvature = ((1.0 - 1.0 / sizes) / sizes)[:, None]
+    steps = np.sqrt(np.append(np.maximum(spread, 0.0), 1.0) * curvature + 1.0 / strength[:, None])
+    windows = np.arange(rotated.shape[1])
+
+    def measure(scaled: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.repeat(kept, sizes[kept])
+        solution = scaled / steps[rows]
+        weight = solution[:, :-1]
+        logits = np.asarray(weight.astype(rotated.dtype) @ rotated, np.float64) + solution[:, -1:]
+        values, first = np.empty(len(kept)), 0
+        for number, index in enumerate(kept):
+            block, size = blocks[index], sizes[index]
+            mine = logits[first : first + size]
+            values[number] = _differentiate(mine, block.labels, block.share, windows)
+            values[number] += float((weight[first : first + size] ** 2).sum()) / (2.0 * block.strength)
+            first += size
+        gradient = np.empty_like(solution)
+        gradient[:, :-1] = logits.astype(rotated.dtype) @ rotated.T + weight / strength[rows, None]
+        gradient[:, -1] = logits.sum(1)
+        return values, gradient / steps[rows]
+
+    found = np.zeros((len(owner), rotated.shape[0] + 1))
+
+    def descend(tolerance: float) -> Float[np.ndarray, "rows columns"]:
+        return minimise_together(
+            measure,
+            found,
+            owner,
+            iterations=ITERATIONS,
+            gradient_tolerance=TOLERANCE,
+            value_tolerance=tolerance,
+        )
+
+    exact = rotated
+    if exact.dtype == np.float64 and exact.size > SINGLE_PRECISION_CELLS:
+        rotated = exact.astype(np.float32)
+        found = descend(ROUGH_TOLERANCE)
+        rotated = exact
+    found = descend(VALUE_TOLERANCE)
+    return [found[owner == number] / steps[number] for number in range(len(blocks))]
+
+
+def _differentiate(
+    logits: Float[np.ndarray, "classes n"],
     labels: Int[np.ndarray, " n"],
     share: Float[np.ndarray, " n"],
-    spread: Float[np.ndarray, " features"],
-    strength: float,
-    start: Float[np.ndarray, "classes columns"],
-) -> Float[np.ndarray, "classes columns"]:
-    """Minimise sum_i share_i * cross_entropy_i + |W|^2 / (2 strength); the last column is the bias."""
-    classes = start.shape[0]
-    # Curvature of the softmax at the uniform guess is spread * (1 - 1/K) / K; that of the penalty 1 / strength.
-    curvature = (1.0 - 1.0 / classes) / classes
-    steps = np.sqrt(np.append(np.maximum(spread, 0.0), 1.0) * curvature + 1.0 / strength)
-    rows = np.arange(len(labels))
-
-    def measure(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        solution = flat.reshape(start.shape) / steps
-        weight = solution[:, :-1]
-        logits = np.asarray(rotated @ weight.T.astype(rotated.dtype), np.float64) + solution[:, -1]
-        logs = normalise_logits(logits)
-        value = -float(share @ logs[rows, labels]) + float((weight**2).sum()) / (2.0 * strength)
-        error = np.exp(logs)
-        error[rows, labels] -= 1.0
-        error *= share[:, None]
-        gradient = np.empty_like(solution)
-        gradient[:, :-1] = error.T.astype(rotated.dtype) @ rotated + weight / strength
-        gradient[:, -1] = error.sum(0)
-        return value, (gradient / steps).ravel()
-
-    options = {"maxiter": ITERATIONS, "gtol": TOLERANCE, "ftol": 1e-11, "maxcor": 20}
-    found = minimize(measure, (start * steps).ravel(), jac=True, method="L-BFGS-B", options=options)
-    return found.x.reshape(start.shape) / steps
+    windows: Int[np.ndarray, " n"],
+) -> float:
+    """The weighted cross-entropy of logits, which are overwritten by its gradient."""
+    logits -= logits.max(0)
+    right = logits[labels, windows]
+    np.exp(logits, out=logits)
+    total = logits.sum(0)
+    value = float(share @ (np.log(total) - right))
+    logits *= share / total
+    logits[labels, windows] -= share
+    return value
 
 
 def balance_accuracy(true: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"]) -> float:

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from physioray.config import ProbeConfig
-from physioray.probe import LinearHead, ProbeError, check_training, standardise, weigh_classes
+from physioray.feature_source import CachedFeatures, FeatureSource
+from physioray.probe import LinearHead, ProbeError, check_training, keep_constant, weigh_classes
 
 WARMUP_SHARE = 10 / 200
 """Share of the steps that warm up: the paper's 10 of 200 passes, kept when the passes are stretched."""
@@ -57,27 +58,31 @@ class RecipeProblem:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Problems side by side: heads x classes x features, padded to the largest number of classes.
+    """Bundles side by side. A bundle is the heads that train on the same windows in the same order, one a task.
 
-    Windows stand last in logits, (heads, classes, batch): with five classes that is six times faster than last classes.
+    Their classes stand below each other, so that a bundle reads its windows once: bundles x columns x features.
+    Windows stand last in logits, (bundles, columns, batch): with five classes that is six times faster than last
+    classes.
     """
 
-    features: Tensor  # (n, features), standardised over all windows for the sake of single precision
-    labels: Tensor  # (heads, n), 0 where unknown: such rows are never drawn
-    weights: Tensor  # (heads, classes) class weights
-    hidden: Tensor  # (heads, classes, 1) minus infinity for classes that a head does not have, else 0
-    mean: Tensor  # (heads, 1, features)
-    scale: Tensor  # (heads, 1, features)
+    source: FeatureSource
+    slices: list[slice]  # the columns of each task
+    labels: Tensor  # (bundles, tasks, n), 0 where unknown: such rows are never drawn
+    weights: Tensor  # (bundles, columns) class weights
+    hidden: Tensor  # (bundles, columns, 1) minus infinity for classes that no training window has, else 0
+    mean: Tensor  # (bundles, 1, features)
+    scale: Tensor  # (bundles, 1, features)
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """Validation windows that some heads share."""
+    """Validation windows that some heads of one task share."""
 
-    heads: list[int]
-    features: Tensor  # (validation, features)
-    labels: Tensor  # (heads, validation)
-    weights: Tensor  # (heads, validation), summing to 1 for each head
+    task: int
+    bundles: list[int]
+    rows: Tensor  # (validation,)
+    labels: Tensor  # (bundles, validation)
+    weights: Tensor  # (bundles, validation), summing to 1 for each head
 
 
 def count_recipe_steps(windows: int, config: ProbeConfig) -> int:
@@ -94,15 +99,17 @@ def schedule_rate(step: int, steps: int, peak: float) -> float:
 
 
 def fit_recipe(
-    features: Float[np.ndarray, "n features"], problems: Sequence[RecipeProblem], config: ProbeConfig
+    features: Float[np.ndarray, "n features"] | FeatureSource, problems: Sequence[RecipeProblem], config: ProbeConfig
 ) -> list[LinearHead]:
     """Fit all heads at once, as one batched matrix product per step.
 
     All heads take the same number of steps and the same batch size, those of the largest training set (folds
-    differ by a few windows only). Features are standardised by each head's own training windows.
+    differ by a few windows only). Heads of several tasks that train on the same windows with the same seed draw the
+    same batches, which are then read once for all of them. Features are standardised by each head's own training
+    windows.
 
     Args:
-        features: `(n, features)` all windows that any head trains on or is chosen by.
+        features: `(n, features)` all windows that any head trains on or is chosen by; or a source of them.
         problems: the heads.
         config: rate, decay, batch size, passes.
 
@@ -115,42 +122,72 @@ def fit_recipe(
     """
     if not problems:
         return []
+    source = CachedFeatures(features) if isinstance(features, np.ndarray) else features
     for problem in problems:
         check_training(problem.labels[problem.train], problem.classes)
-    if len({len(problem.labels) for problem in problems} | {len(features)}) > 1:
+    if len({len(problem.labels) for problem in problems} | {len(source)}) > 1:
         raise ProbeError("Every problem must label all windows of the feature matrix, unknown ones with -1.")
     # A common standardisation first: then each head's own is a small correction, safe in single precision.
-    shift, stretch = standardise(features)
-    stack = _stack_problems(((features - shift) / stretch).astype(np.float32), problems, config)
-    with _limit_threads(len(problems) * config.recipe_batch_size * features.shape[1]):
-        weight, bias = _descend(stack, problems, config)
-    return [
-        _unstack(stack, number, weight, bias, (shift, stretch), problem.classes)
-        for number, problem in enumerate(problems)
-    ]
+    everything = np.arange(len(source))
+    shift, stretch = source.measure(everything)
+    stretch = keep_constant(shift, stretch)
+    source.rescale(shift, stretch)
+    largest = max(len(problem.train) for problem in problems)
+    steps, batch = count_recipe_steps(largest, config), min(config.recipe_batch_size, largest)
+    heads: dict[int, LinearHead] = {}
+    for bundles in _bundle_problems(problems):
+        members = [[problems[number] for number in bundle] for bundle in bundles]
+        stack = _stack_problems(source, members, (shift, stretch), config)
+        with _limit_threads(len(bundles) * batch * len(shift)):
+            weight, bias = _descend(stack, members, steps, batch, config)
+        for place, bundle in enumerate(bundles):
+            for columns, number in zip(stack.slices, bundle, strict=True):
+                heads[number] = _unstack(stack, place, columns, weight, bias, (shift, stretch))
+    return [heads[number] for number in range(len(problems))]
+
+
+def _bundle_problems(problems: Sequence[RecipeProblem]) -> list[list[list[int]]]:
+    """Numbers of problems that draw the same batches, bundle by bundle; bundles of the same tasks side by side."""
+    bundles: dict[tuple[bytes, int], list[int]] = {}
+    for number, problem in enumerate(problems):
+        bundles.setdefault((problem.train.tobytes(), problem.seed), []).append(number)
+    alike: dict[tuple[int, ...], list[list[int]]] = {}
+    for bundle in bundles.values():
+        ordered = sorted(bundle, key=lambda number: problems[number].classes)
+        alike.setdefault(tuple(problems[number].classes for number in ordered), []).append(ordered)
+    return list(alike.values())
 
 
 def _stack_problems(
-    features: Float[np.ndarray, "n features"], problems: Sequence[RecipeProblem], config: ProbeConfig
+    source: FeatureSource,
+    bundles: Sequence[Sequence[RecipeProblem]],
+    common: tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]],
+    config: ProbeConfig,
 ) -> _Stack:
-    width = max(problem.classes for problem in problems)
-    weights = np.zeros((len(problems), width), np.float32)
+    ends = np.cumsum([problem.classes for problem in bundles[0]])
+    slices = [slice(int(end) - problem.classes, int(end)) for end, problem in zip(ends, bundles[0], strict=True)]
+    weights = np.zeros((len(bundles), int(ends[-1])), np.float32)
     standards: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-    for number, problem in enumerate(problems):
-        weighed = weigh_classes(problem.labels[problem.train], problem.classes)
-        weights[number, : problem.classes] = weighed if config.class_weights else weighed > 0
-        key = problem.train.tobytes()
+    for place, bundle in enumerate(bundles):
+        for columns, problem in zip(slices, bundle, strict=True):
+            weighed = weigh_classes(problem.labels[problem.train], problem.classes)
+            weights[place, columns] = weighed if config.class_weights else weighed > 0
+        key = bundle[0].train.tobytes()
         if key not in standards:
-            standards[key] = standardise(features[problem.train])
-    chosen = [standards[problem.train.tobytes()] for problem in problems]
-    hidden = np.where(weights > 0, 0.0, -np.inf).astype(np.float32)
+            standards[key] = source.measure(bundle[0].train)
+    shift, stretch = common
+    means = np.stack([standards[bundle[0].train.tobytes()][0] for bundle in bundles])
+    spreads = np.stack([standards[bundle[0].train.tobytes()][1] for bundle in bundles])
+    means, spreads = (means - shift) / stretch, spreads / stretch
+    labels = np.stack([np.stack([problem.labels for problem in bundle]) for bundle in bundles])
     return _Stack(
-        features=torch.from_numpy(np.ascontiguousarray(features)),
-        labels=torch.from_numpy(np.stack([problem.labels for problem in problems]).astype(np.int64)).clamp(min=0),
+        source=source,
+        slices=slices,
+        labels=torch.from_numpy(labels.astype(np.int64)).clamp(min=0),
         weights=torch.from_numpy(weights),
-        hidden=torch.from_numpy(hidden)[:, :, None],
-        mean=torch.from_numpy(np.stack([mean for mean, _ in chosen]).astype(np.float32))[:, None, :],
-        scale=torch.from_numpy(np.stack([scale for _, scale in chosen]).astype(np.float32))[:, None, :],
+        hidden=torch.from_numpy(np.where(weights > 0, 0.0, -np.inf).astype(np.float32))[:, :, None],
+        mean=torch.from_numpy(means.astype(np.float32))[:, None, :],
+        scale=torch.from_numpy(keep_constant(means, spreads).astype(np.float32))[:, None, :],
     )
 
 
@@ -165,22 +202,22 @@ def _limit_threads(cells: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _descend(stack: _Stack, problems: Sequence[RecipeProblem], config: ProbeConfig) -> tuple[Tensor, Tensor]:
-    """Weights `(heads, classes, features)` and biases `(heads, classes, 1)` of the lowest validation error."""
-    largest = max(len(problem.train) for problem in problems)
-    steps, batch = count_recipe_steps(largest, config), min(config.recipe_batch_size, largest)
-    weight, bias = _initialise(stack, problems)
+def _descend(
+    stack: _Stack, bundles: Sequence[Sequence[RecipeProblem]], steps: int, batch: int, config: ProbeConfig
+) -> tuple[Tensor, Tensor]:
+    """Weights `(bundles, columns, features)`, biases `(bundles, columns, 1)` of each head's lowest validation error."""
+    weight, bias = _initialise(stack, bundles)
     parameters = [weight, bias]
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in parameters]
-    streams = [_stream_rows(problem, CHUNK * batch) for problem in problems]
-    judges = _gather_judges(stack, problems)
+    streams = [_stream_rows(bundle[0], CHUNK * batch) for bundle in bundles]
+    judges = _gather_judges(stack, bundles)
     best = [value.clone() for value in parameters]
-    lowest = torch.full((len(problems),), math.inf)
+    lowest = torch.full((len(bundles), len(stack.slices)), math.inf)
     every = max(1, steps // EVALUATIONS)
     rows = torch.empty(0)
     for step in range(steps):
         if step % CHUNK == 0:
-            drawn = np.stack([next(stream) for stream in streams]).reshape(len(problems), CHUNK, batch)
+            drawn = np.stack([next(stream) for stream in streams]).reshape(len(bundles), CHUNK, batch)
             rows = torch.from_numpy(drawn)
         gradients = _differentiate(stack, weight, bias, rows[:, step % CHUNK])
         rate = schedule_rate(step, steps, config.recipe_learning_rate)
@@ -195,25 +232,28 @@ def _descend(stack: _Stack, problems: Sequence[RecipeProblem], config: ProbeConf
             lowest = torch.where(better, error, lowest)
             # A head without validation windows has no error and keeps its last weights.
             better |= torch.isnan(error)
-            for kept, value in zip(best, parameters, strict=True):
-                kept[better] = value[better]
+            for task, columns in enumerate(stack.slices):
+                chosen = better[:, task, None, None]
+                for kept, value in zip(best, parameters, strict=True):
+                    kept[:, columns] = torch.where(chosen, value[:, columns], kept[:, columns])
     return best[0], best[1]
 
 
-def _initialise(stack: _Stack, problems: Sequence[RecipeProblem]) -> tuple[Tensor, Tensor]:
+def _initialise(stack: _Stack, bundles: Sequence[Sequence[RecipeProblem]]) -> tuple[Tensor, Tensor]:
     """Weights and biases uniform in +-1 / sqrt(features), from each head's seed."""
-    features, classes = stack.features.shape[1], stack.weights.shape[1]
+    features = stack.mean.shape[2]
     bound = 1.0 / math.sqrt(features)
-    weights, biases = [], []
-    for problem in problems:
-        generator = torch.Generator().manual_seed(problem.seed)
-        drawn = torch.zeros((features + 1, classes))
-        # Drawn without the padding, so that a head does not depend on those beside it.
-        drawn[:, : problem.classes] = torch.rand((features + 1, problem.classes), generator=generator)
-        drawn = drawn * (2.0 * bound) - bound
-        weights.append(drawn[:-1].T)
-        biases.append(drawn[-1:].T)
-    return torch.stack(weights), torch.stack(biases)
+    stacked = []
+    for bundle in bundles:
+        columns = []
+        for problem in bundle:
+            generator = torch.Generator().manual_seed(problem.seed)
+            # Drawn by itself, so that a head does not depend on those beside it.
+            drawn = torch.rand((features + 1, problem.classes), generator=generator)
+            columns.append((drawn * (2.0 * bound) - bound).T)
+        stacked.append(torch.cat(columns))
+    whole = torch.stack(stacked)
+    return whole[:, :, :-1].contiguous(), whole[:, :, -1:].contiguous()
 
 
 def _stream_rows(problem: RecipeProblem, size: int) -> Iterator[Int64[np.ndarray, " size"]]:
@@ -233,18 +273,20 @@ def _stream_rows(problem: RecipeProblem, size: int) -> Iterator[Int64[np.ndarray
 def _differentiate(stack: _Stack, weight: Tensor, bias: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the weighted cross-entropy of a batch, in closed form.
 
-    With x standardised per head as (x - mean) / scale, the product with `weight` is x @ (weight / scale) less a
-    constant, so that no standardised copy of the features is made per head.
+    With x standardised per bundle as (x - mean) / scale, the product with `weight` is x @ (weight / scale) less a
+    constant, so that no standardised copy of the features is made per bundle.
     """
-    heads, batch = rows.shape
-    taken = stack.features.index_select(0, rows.reshape(-1)).view(heads, batch, -1)
+    bundles, batch = rows.shape
+    taken = stack.source.take(rows.reshape(-1)).view(bundles, batch, -1)
     scaled = weight / stack.scale
-    error = torch.softmax(torch.bmm(scaled, taken.transpose(1, 2)) + _offset(stack, scaled, bias), 1)
-    labels = stack.labels.gather(1, rows)
-    share = stack.weights.gather(1, labels)
-    share = share / share.sum(1, keepdim=True)
-    error.scatter_add_(1, labels[:, None, :], torch.full((heads, 1, batch), -1.0))
-    error *= share[:, None, :]
+    error = torch.bmm(scaled, taken.transpose(1, 2)) + _offset(stack, scaled, bias)
+    for task, columns in enumerate(stack.slices):
+        mine = torch.softmax(error[:, columns], 1)
+        labels = stack.labels[:, task].gather(1, rows)
+        share = stack.weights[:, columns].gather(1, labels)
+        share = share / share.sum(1, keepdim=True)
+        mine.scatter_add_(1, labels[:, None, :], torch.full((bundles, 1, batch), -1.0))
+        error[:, columns] = mine * share[:, None, :]
     total = error.sum(2, keepdim=True)
     return (torch.bmm(error, taken) - total * stack.mean) / stack.scale, total
 
@@ -264,49 +306,52 @@ def _step_adamw(
     value.addcdiv_(first, root, value=-rate / (1.0 - BETAS[0] ** (step + 1)))
 
 
-def _gather_judges(stack: _Stack, problems: Sequence[RecipeProblem]) -> list[_Judge]:
-    groups: dict[bytes, list[int]] = {}
-    for number, problem in enumerate(problems):
-        if len(problem.validation):
-            groups.setdefault(problem.validation.tobytes(), []).append(number)
+def _gather_judges(stack: _Stack, bundles: Sequence[Sequence[RecipeProblem]]) -> list[_Judge]:
+    groups: dict[tuple[int, bytes], list[int]] = {}
+    for place, bundle in enumerate(bundles):
+        for task, problem in enumerate(bundle):
+            if len(problem.validation):
+                groups.setdefault((task, problem.validation.tobytes()), []).append(place)
     judges = []
-    for heads in groups.values():
-        rows = torch.from_numpy(problems[heads[0]].validation.astype(np.int64))
-        labels = stack.labels[heads][:, rows]
+    for (task, _), places in groups.items():
+        rows = torch.from_numpy(bundles[places[0]][task].validation.astype(np.int64))
+        labels = stack.labels[places, task][:, rows]
         # A class that the training windows lack weighs 0: no head can learn it.
-        weights = stack.weights[heads].gather(1, labels)
+        weights = stack.weights[places, stack.slices[task]].gather(1, labels)
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
-        judges.append(_Judge(heads, stack.features.index_select(0, rows), labels, weights))
+        judges.append(_Judge(task, places, rows, labels, weights))
     return judges
 
 
 def _measure_error(stack: _Stack, judges: Sequence[_Judge], weight: Tensor, bias: Tensor) -> Tensor:
-    """Weighted validation cross-entropy `(heads,)`; NaN for a head without validation windows."""
-    errors = torch.full((len(weight),), math.nan)
+    """Weighted validation cross-entropy `(bundles, tasks)`; NaN for a head without validation windows."""
+    errors = torch.full((len(weight), len(stack.slices)), math.nan)
     scaled = weight / stack.scale
     offset = _offset(stack, scaled, bias)
     for judge in judges:
-        logits = scaled[judge.heads] @ judge.features.T + offset[judge.heads]
+        columns = stack.slices[judge.task]
+        features = stack.source.take(judge.rows)
+        logits = scaled[judge.bundles, columns] @ features.T + offset[judge.bundles, columns]
         logs = torch.log_softmax(logits, 1).gather(1, judge.labels[:, None, :])[:, 0]
-        errors[judge.heads] = -(torch.where(judge.weights > 0, logs, 0.0) * judge.weights).sum(1)
+        errors[judge.bundles, judge.task] = -(torch.where(judge.weights > 0, logs, 0.0) * judge.weights).sum(1)
     return errors
 
 
 def _unstack(
     stack: _Stack,
-    number: int,
+    place: int,
+    columns: slice,
     weight: Tensor,
     bias: Tensor,
     common: tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]],
-    classes: int,
 ) -> LinearHead:
     """One head in terms of the features as they came: both standardisations folded into one."""
     shift, stretch = common
-    mean = stack.mean[number, 0].double().numpy()
-    scale = stack.scale[number, 0].double().numpy()
+    mean = stack.mean[place, 0].double().numpy()
+    scale = stack.scale[place, 0].double().numpy()
     return LinearHead(
         mean=shift + stretch * mean,
         scale=stretch * scale,
-        weight=weight[number, :classes].double().numpy().copy(),
-        bias=(bias + stack.hidden)[number, :classes, 0].double().numpy().copy(),
+        weight=weight[place, columns].double().numpy().copy(),
+        bias=(bias + stack.hidden)[place, columns, 0].double().numpy().copy(),
     )

@@ -18,18 +18,39 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from physioray.figures import find_runs, plot_hypnogram, plot_losses, plot_probe_curve, plot_reconstructions
+from physioray.figures import (
+    find_runs,
+    plot_confusion,
+    plot_hypnogram,
+    plot_losses,
+    plot_probe_curve,
+    plot_reconstructions,
+)
 from physioray.metrics import AGGREGATE
-from physioray.results import CONVERGED, PREDICTIONS_FILE, RESULTS_FILE, ScoreRow, read_predictions, read_results
+from physioray.results import (
+    CONVERGED,
+    EVALUATIONS,
+    FEATURES,
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    ScoreRow,
+    read_predictions,
+    read_results,
+)
 from physioray.score_tables import (
+    EVALUATION_TITLES,
+    FEATURE_TITLES,
     PAPER_SCORES,
     PAPER_TITLE,
+    find_chance,
     list_skipped,
     list_tasks,
     tabulate_headline,
     tabulate_metric,
+    tabulate_scopes,
     tabulate_sizes,
 )
+from physioray.scoring import count_confusions
 from physioray.signals import TASKS, WINDOW_SECONDS, find_task
 from physioray.storage import Location
 
@@ -55,6 +76,7 @@ def write_report(run: Location, reference: Mapping[str, tuple[float, float]] | N
     card = _read(run, "card.json", Location.read_json, missing) or {}
     rows: list[ScoreRow] = _read(run, RESULTS_FILE, read_results, missing) or []
     config = _read(run, "config.json", Location.read_json, missing) or {}
+    predictions = _read(run, PREDICTIONS_FILE, read_predictions, missing)
     content = {
         "card": card,
         "facts": _list_facts(card, rows),
@@ -64,7 +86,8 @@ def write_report(run: Location, reference: Mapping[str, tuple[float, float]] | N
         "scores": _arrange_scores(rows, PAPER_SCORES if reference is None else reference),
         "training": _draw_training(_read(run, "training.jsonl", _read_lines, missing) or []),
         "curves": _draw_curves(_read(run, "probe_curve.jsonl", _read_lines, missing) or []),
-        "hypnogram": _draw_hypnogram(_read(run, PREDICTIONS_FILE, read_predictions, missing), card),
+        "hypnogram": _draw_hypnogram(predictions, card),
+        "confusions": _draw_confusions(predictions),
         "reconstructions": _draw_reconstructions(_read(run, "reconstructions.npz", _read_arrays, missing) or {}),
         "assumptions": _merge_assumptions(card, config),
         "config": json.dumps(config, indent=1, sort_keys=True) if config else "",
@@ -125,7 +148,12 @@ def _list_facts(card: Mapping[str, Any], rows: Sequence[ScoreRow]) -> list[tuple
             facts.append((task.title, "no labels"))
     protocols = {row.split for row in rows if row.value is not None}
     if protocols:
-        phrases = {"test": "held-out test subjects", "cross_validation": "cross-validation by subject"}
+        phrases = {
+            "test": "held-out test subjects",
+            "cross_validation": "cross-validation by subject",
+            "validation": "validation subjects (settings still being chosen)",
+            "validation_cross_validation": "cross-validation without the test subjects (settings still being chosen)",
+        }
         facts.append(("Protocol", ", ".join(sorted(phrases.get(name, name) for name in protocols))))
         facts.append(("Cohort fingerprint", rows[0].cohort_fingerprint[:16]))
     return facts
@@ -141,7 +169,9 @@ def _arrange_scores(rows: Sequence[ScoreRow], reference: Mapping[str, tuple[floa
     notes = {row.note for row in aggregates if row.note}
     return {
         "headline": tabulate_headline(rows),
-        "chance": [f"{find_task(name).chance:.3f}" if name in TASKS else "0" for name in columns],
+        "chance": [f"{find_chance(rows, name)[0]:.3f}" if name in TASKS else "0" for name in columns],
+        "chance_notes": [note for name in tasks if (note := find_chance(rows, name)[1])],
+        "scopes": tabulate_scopes(rows),
         "paper": [
             f"{reference[name][0]:.3f} ±{reference[name][1]:.3f}" if name in reference else "-" for name in columns
         ],
@@ -221,6 +251,25 @@ def _draw_hypnogram(table: pa.Table | None, card: Mapping[str, Any]) -> dict[str
     }
 
 
+def _draw_confusions(table: pa.Table | None) -> dict[str, Any] | None:
+    """Confusion matrices of the headline probe on the best known features, windows of all seeds together."""
+    if table is None or not len(table):
+        return None
+    counts = count_confusions(table)
+    ways = {(features, evaluation) for _, features, evaluation, _ in counts}
+    # The headline probe of the best known features; names that are not known come last.
+    evaluation = min((way[1] for way in ways), key=[*EVALUATIONS, *(way[1] for way in ways)].index)
+    features = min((way[0] for way in ways if way[1] == evaluation), key=[*FEATURES, *(way[0] for way in ways)].index)
+    figures, most = [], 0
+    for task in TASKS:
+        mine = [counts[key] for key in counts if key[:3] == (task, features, evaluation)]
+        if mine:
+            most = max(most, len(mine))
+            figures.append(plot_confusion(task, np.sum(mine, axis=0)))
+    title = f"{FEATURE_TITLES.get(features, features)}, {EVALUATION_TITLES.get(evaluation, evaluation)}"
+    return {"figures": figures, "caption": title, "seeds": most}
+
+
 def _draw_reconstructions(arrays: Mapping[str, np.ndarray]) -> list[str]:
     figures = []
     for key in arrays:
@@ -273,8 +322,18 @@ def describe_results(run: Location) -> str:
     table = Table("Balanced accuracy", *headline.columns, title_justify="left")
     for row in headline.rows:
         table.add_row(f"{row.title}, {row.subtitle}", *[cell.describe() for cell in row.cells])
-    table.add_row(*["chance", *[f"{find_task(task).chance:.3f}" for task in list_tasks(rows)]])
+    chances = [find_chance(rows, task) for task in list_tasks(rows)]
+    table.add_row(*["chance", *[f"{chance:.3f}" for chance, _ in chances]])
     console.print(table)
+    scopes = tabulate_scopes(rows)
+    if scopes is not None:
+        other = Table("Balanced accuracy", *scopes.columns, title_justify="left")
+        for row in scopes.rows:
+            other.add_row(f"{row.title}, {row.subtitle}", *[cell.describe() for cell in row.cells])
+        console.print(other)
+    for _, note in chances:
+        if note:
+            console.print(f"{note}.", markup=False)
     console.print("[ ]: 95 % interval by subject; ±: standard deviation over seeds.", markup=False)
     for sentence in list_skipped(rows):
         console.print(sentence, markup=False)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from physioray.signals import TASKS
+from physioray.metrics import METRICS
+from physioray.signals import TASKS, WINDOWS
 from physioray.storage import Location, StorageError
 
 RESULTS_FILE = "results.jsonl"
 PREDICTIONS_FILE = "predictions.parquet"
+SUBJECT_SCORES_FILE = "subject_scores.parquet"
 
 CONVERGED = "probe_converged"
 RECIPE = "probe_recipe"
@@ -33,7 +35,14 @@ FEATURES = ("pretrained", "untrained", "band_powers")
 """What a probe may stand on, best known name first: the pretrained encoder and the two floors."""
 
 TEST = "test"
+VALIDATION = "validation"
 CROSS_VALIDATION = "cross_validation"
+VALIDATION_CROSS_VALIDATION = "validation_cross_validation"
+CROSS_VALIDATIONS = (CROSS_VALIDATION, VALIDATION_CROSS_VALIDATION)
+SELECTING = (VALIDATION, VALIDATION_CROSS_VALIDATION)
+"""What a score may stand on while settings are still chosen: nobody of the test split."""
+
+SCORED_SPLITS = (TEST, CROSS_VALIDATION, *SELECTING)
 
 MOST_CLASSES = max(len(task.classes) for task in TASKS.values())
 
@@ -47,7 +56,8 @@ class ScoreRow:
         evaluation: a name of `EVALUATIONS`.
         features: a name of `FEATURES`.
         task, metric: names of `signals.TASKS` and `metrics.METRICS`; both `aggregate` for the score over all tasks.
-        split: `test`, or `cross_validation` where every subject was in test once.
+        split: `test`, or `cross_validation` where every subject was in test once; while settings are still chosen
+            `validation`, or `validation_cross_validation` over everybody but the test subjects.
         value: the score; None if undefined or the task was skipped, `note` then says why.
         low, high: 95 % interval by subject; None if there is none.
         seed: of the folds (cross-validation) or of the head (held-out test).
@@ -56,6 +66,9 @@ class ScoreRow:
         cohort_fingerprint, config_hash: identity of data and settings.
         simulated: True for simulated nights.
         note: what a reader must know of this score.
+        scope: what is counted, a name of `signals.SCOPES`.
+        classes: how many classes occur in what was scored, so that guessing scores one over it; 0 in files from
+            before this was kept (and in aggregates): then all classes of the task.
     """
 
     pretraining: str
@@ -75,6 +88,15 @@ class ScoreRow:
     simulated: bool
     config_hash: str
     note: str = ""
+    scope: str = WINDOWS
+    classes: int = 0
+
+    @property
+    def chance(self) -> float | None:
+        """Balanced accuracy of a guess among the classes that occur; None for an aggregate or a single class."""
+        if self.task not in TASKS or self.classes == 1:
+            return None
+        return 1.0 / (self.classes or len(TASKS[self.task].classes))
 
 
 def write_results(location: Location, rows: Iterable[ScoreRow]) -> None:
@@ -116,16 +138,45 @@ def prediction_schema() -> pa.Schema:
     return pa.schema([*fields, pa.field("seed", pa.int64())])
 
 
+def subject_score_schema() -> pa.Schema:
+    """Columns of a table of scores per subject: one row is one person under one task, features, evaluation and seed.
+
+    `windows` are the scored ones, `classes` how many classes occur among them (balanced accuracy is the mean over
+    these), `training_subjects` as in ScoreRow; a metric without a value for this person is null.
+    """
+    names = ("subject", "task", "features", "pretraining", "evaluation", "split", "scope")
+    fields = [pa.field(name, pa.string()) for name in names]
+    fields += [pa.field(name, pa.int64()) for name in ("seed", "training_subjects", "windows", "classes")]
+    return pa.schema([*fields, *(pa.field(name, pa.float64()) for name in METRICS)])
+
+
+def write_subject_scores(location: Location, tables: Sequence[pa.Table]) -> None:
+    """Write scores per subject as one Parquet file, whole or not at all."""
+    _write_table(location, pa.concat_tables(tables) if tables else subject_score_schema().empty_table())
+
+
+def read_subject_scores(location: Location) -> pa.Table:
+    """Read what `write_subject_scores` has written."""
+    return _read_table(location)
+
+
 def write_predictions(location: Location, tables: Sequence[pa.Table]) -> None:
     """Write predictions as one Parquet file, whole or not at all."""
-    table = pa.concat_tables(tables) if tables else prediction_schema().empty_table()
+    _write_table(location, pa.concat_tables(tables) if tables else prediction_schema().empty_table())
+
+
+def read_predictions(location: Location) -> pa.Table:
+    """Read what `write_predictions` has written."""
+    return _read_table(location)
+
+
+def _write_table(location: Location, table: pa.Table) -> None:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     location.write_bytes(sink.getvalue())
 
 
-def read_predictions(location: Location) -> pa.Table:
-    """Read what `write_predictions` has written."""
+def _read_table(location: Location) -> pa.Table:
     # Without threads: Arrow's may abort a short process as it ends (apache/arrow issue 34314).
     source = pa.BufferReader(location.read_bytes())
     return pq.ParquetFile(source, pre_buffer=False).read(use_threads=False)

@@ -19,7 +19,7 @@ from physioray.results import (
     SCRATCH,
     ScoreRow,
 )
-from physioray.signals import TASKS, find_task
+from physioray.signals import SCOPES, TASKS, WINDOWS, find_task
 
 FEATURE_TITLES = {"pretrained": "Pretrained encoder", "untrained": "Untrained encoder", "band_powers": "Band powers"}
 EVALUATION_TITLES = {
@@ -108,6 +108,7 @@ def list_skipped(rows: Sequence[ScoreRow]) -> list[str]:
 
 def tabulate_headline(rows: Sequence[ScoreRow]) -> ScoreTable:
     """Balanced accuracy per task, and the aggregate; the largest training size of each."""
+    rows = [row for row in rows if row.scope == WINDOWS]
     columns = [(task, METRICS[0]) for task in list_tasks(rows)]
     titles = [find_task(task).title for task, _ in columns]
     if any(row.task == AGGREGATE for row in rows):
@@ -116,14 +117,43 @@ def tabulate_headline(rows: Sequence[ScoreRow]) -> ScoreTable:
     return _tabulate(_keep_largest(rows), columns, titles)
 
 
+def find_chance(rows: Sequence[ScoreRow], task: str) -> tuple[float, str]:
+    """Balanced accuracy of a guess, and a note where the cohort lacks classes of the task.
+
+    Where classes are missing from what was scored, guessing scores one over the number of those that occur.
+    """
+    found = find_task(task)
+    occurring = [row.classes for row in rows if (row.task, row.scope) == (task, WINDOWS) and row.classes > 0]
+    if not occurring or min(occurring) == len(found.classes):
+        return found.chance, ""
+    fewest = min(occurring)
+    note = f"{found.title}: only {fewest} of {len(found.classes)} classes occur, so guessing scores 1/{fewest}"
+    return 1.0 / fewest, note
+
+
+def tabulate_scopes(rows: Sequence[ScoreRow]) -> ScoreTable | None:
+    """Balanced accuracy where something other than all windows is counted; None without any such score."""
+    columns = [(task, scope) for task in list_tasks(rows) for scope in find_task(task).scopes if scope != WINDOWS]
+    kept = _keep_largest([row for row in rows if row.metric == METRICS[0] and row.scope != WINDOWS])
+    lines = []
+    for key in _list_keys(kept):
+        members = [row for row in kept if _key(row) == key]
+        cells = [merge_seeds([row for row in members if (row.task, row.scope) == column]) for column in columns]
+        lines.append(_make_line(key, cells))
+    titles = tuple(f"{find_task(task).title}, {SCOPES[scope]}" for task, scope in columns)
+    return ScoreTable(columns=titles, rows=tuple(lines)) if lines else None
+
+
 def tabulate_metric(rows: Sequence[ScoreRow], task: str) -> ScoreTable:
     """All metrics of one task; the largest training size of each."""
+    rows = [row for row in rows if row.scope == WINDOWS]
     return _tabulate(_keep_largest(rows), [(task, name) for name in METRICS], [find_metric(name) for name in METRICS])
 
 
 def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
     """Balanced accuracy of a task against the number of training subjects; None with a single number."""
     mine = [row for row in rows if row.task == task and row.metric == METRICS[0] and row.value is not None]
+    mine = [row for row in mine if row.scope == WINDOWS]
     sizes = level_sizes({row.training_subjects for row in mine})
     levels = sorted(set(sizes.values()))
     if len(levels) < 2:
@@ -204,7 +234,8 @@ def merge_seeds(rows: Sequence[ScoreRow]) -> Cell:
     low, high = (float(x) for x in np.mean(bounds, axis=0)) if bounds else (None, None)
     above = None
     if low is not None and known[0].metric == METRICS[0]:
-        above = low > find_task(known[0].task).chance
+        chances = [row.chance for row in known if row.chance is not None]
+        above = low > max(chances) if chances else None
     return Cell(
         value=float(values.mean()),
         low=low,

@@ -28,6 +28,18 @@ PRETRAINING_SPLITS: tuple[Split, ...] = ("pretrain", "train")
 """Pretraining sees the unlabelled subjects and the training subjects (Fang et al. 2024, section 3.1)."""
 
 
+WINDOWS = "windows"
+SLEEP_WINDOWS = "sleep_windows"
+PATIENTS = "patients"
+SCOPES: Mapping[str, str] = {
+    WINDOWS: "all windows",
+    SLEEP_WINDOWS: "windows of sleep",
+    PATIENTS: "by patient vote",
+}
+"""What is counted in a score: every labelled window; only those whose true stage is known and not W; or people, each
+with the mean of the probabilities of their windows."""
+
+
 class LookupMiss(KeyError):
     """A name that does not exist; the message lists the names that do."""
 
@@ -167,11 +179,19 @@ PAPER_MODALITIES = ("eeg", "eog", "emg", "ecg")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A question asked of every window: its classes and the score of guessing."""
+    """A question asked of every window: its classes and the score of guessing.
+
+    Attributes:
+        name: key of the task everywhere.
+        classes: in the order of their numbers.
+        title: for tables and axes.
+        scopes: how it is scored, names of `SCOPES`; the first is the paper's.
+    """
 
     name: str
     classes: tuple[str, ...]
     title: str
+    scopes: tuple[str, ...] = ("windows",)
 
     @property
     def chance(self) -> float:
@@ -183,8 +203,8 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task(name="sleep", classes=STAGES, title="Sleep stage"),
-        Task(name="age", classes=("younger", "older"), title="Age"),
-        Task(name="arousal", classes=("none", "arousal"), title="Arousal"),
+        Task(name="age", classes=("younger", "older"), title="Age", scopes=(WINDOWS, PATIENTS)),
+        Task(name="arousal", classes=("none", "arousal"), title="Arousal", scopes=(WINDOWS, SLEEP_WINDOWS)),
     )
 }
 

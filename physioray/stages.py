@@ -27,10 +27,13 @@ from physioray.results import (
     PREDICTIONS_FILE,
     PROBES,
     RESULTS_FILE,
+    SUBJECT_SCORES_FILE,
     read_predictions,
     read_results,
+    read_subject_scores,
     write_predictions,
     write_results,
+    write_subject_scores,
 )
 from physioray.steps import Step, StepStore
 from physioray.storage import Location, hash_value, open_location
@@ -287,6 +290,7 @@ def save_evaluation(folder: Location, evaluation: Evaluation) -> None:
     """Write scores, predictions and notes into a folder."""
     write_results(folder / RESULTS_FILE, evaluation.scores)
     write_predictions(folder / PREDICTIONS_FILE, [evaluation.predictions])
+    write_subject_scores(folder / SUBJECT_SCORES_FILE, [evaluation.subject_scores])
     (folder / "notes.json").write_json(evaluation.notes)
 
 
@@ -295,6 +299,7 @@ def load_evaluation(folder: Location) -> Evaluation:
     return Evaluation(
         scores=read_results(folder / RESULTS_FILE),
         predictions=read_predictions(folder / PREDICTIONS_FILE),
+        subject_scores=read_subject_scores(folder / SUBJECT_SCORES_FILE),
         notes=(folder / "notes.json").read_json(),
     )
 

@@ -32,19 +32,23 @@ from physioray.pretrain import (
     PretrainJob,
     choose_checkpoint,
     find_pretraining_windows,
-    load_encoder,
     load_model,
     make_encode,
+    open_encoder,
 )
 from physioray.results import (
     CONVERGED,
     PREDICTIONS_FILE,
     RESULTS_FILE,
+    SUBJECT_SCORES_FILE,
+    TEST,
+    VALIDATION,
     ScoreRow,
     write_predictions,
     write_results,
+    write_subject_scores,
 )
-from physioray.signals import SPLITS, TASKS, UNKNOWN, Split, find_task
+from physioray.signals import SPLITS, TASKS, UNKNOWN, WINDOWS, Split, find_task
 from physioray.storage import Location, open_location
 from physioray.tensors import VALIDATION_PASS, Draw
 from physioray.train import to_tensors
@@ -63,18 +67,22 @@ class Protocol:
         folds: by seed, the folds of a cross-validation; None for held-out test subjects.
         labelled: subjects with any label.
         sentence: the protocol in words, for the report.
+        scored: `test`, or `validation` while settings are still chosen (for `evaluate_probe`).
     """
 
     splits: tuple[Split, ...]
     folds: Mapping[int, Sequence[Fold]] | None
     labelled: tuple[str, ...]
     sentence: str
+    scored: str = TEST
 
 
 def choose_protocol(cohort: Cohort, config: ProbeConfig) -> Protocol:
     """Held-out test subjects where there are enough people, else cross-validation by subject over all of them.
 
-    Small cohorts are pretrained on everybody but the validation subjects, without labels.
+    Small cohorts are pretrained on everybody but the validation subjects, without labels. On a cohort whose test
+    split is locked it is the protocol for choosing settings: the validation subjects are scored, or, with too few
+    people for that, everybody but the test subjects by cross-validation; pretraining sees no test subject either.
     """
     labels = np.stack([cohort.read_labels(task) for task in TASKS])
     owner = np.repeat([item.subject_index for item in cohort.recordings], [item.rows for item in cohort.recordings])
@@ -84,23 +92,34 @@ def choose_protocol(cohort: Cohort, config: ProbeConfig) -> Protocol:
     ]
     known = np.unique(owner[(labels != UNKNOWN).any(0) & eligible])
     labelled = tuple(cohort.subjects[number] for number in known)
-    if len(labelled) >= config.cross_validate_below:
+    choosing = cohort.test_locked
+    # Only labelled subjects are in a cohort's test split, so a locked one can be counted without its labels.
+    people = len(labelled) + (len(cohort.list_subjects("test")) if choosing else 0)
+    if choosing and people >= config.cross_validate_below:
+        sentence = "For choosing settings: the validation subjects are scored, and no test subject is read."
+        return Protocol(
+            splits=("pretrain", "train"), folds=None, labelled=labelled, sentence=sentence, scored=VALIDATION
+        )
+    if people >= config.cross_validate_below:
         sentence = "Held-out test subjects: they are in neither pretraining, training nor validation."
         return Protocol(splits=("pretrain", "train"), folds=None, labelled=labelled, sentence=sentence)
-    splits = tuple(split for split in SPLITS if split != "validation")
+    splits = tuple(split for split in cohort.readable_splits if split != "validation")
+    scored = VALIDATION if choosing else TEST
     age = cohort.read_labels("age")
     strata = {cohort.subjects[number]: str(age[owner == number].max()) for number in known}
     try:
         folds = {seed: fold_subjects(labelled, config.folds, seed, 0.15, strata) for seed in config.seeds}
     except SplitError as error:
-        return Protocol(splits=splits, folds={}, labelled=labelled, sentence=f"No probe was fitted: {error}")
+        sentence = f"No probe was fitted: {error}"
+        return Protocol(splits=splits, folds={}, labelled=labelled, sentence=sentence, scored=scored)
+    whom = "labelled subjects who are not in the test split" if choosing else "labelled subjects"
     sentence = (
-        f"Cross-validation by subject over all {len(labelled)} labelled subjects ({config.folds} folds, drawn anew "
+        f"Cross-validation by subject over all {len(labelled)} {whom} ({config.folds} folds, drawn anew "
         f"for each of {len(config.seeds)} seeds), because there are fewer than {config.cross_validate_below}. "
         "Pretraining saw the signals of everybody but the validation subjects, without any label, so the signals of "
         "most scored subjects were among them."
     )
-    return Protocol(splits=splits, folds=folds, labelled=labelled, sentence=sentence)
+    return Protocol(splits=splits, folds=folds, labelled=labelled, sentence=sentence, scored=scored)
 
 
 def run_study(
@@ -120,8 +139,8 @@ def run_study(
         screen: where progress is shown.
 
     Returns:
-        The run's folder, with results.jsonl, predictions.parquet, probe_curve.jsonl, reconstructions.npz,
-        verdict.json, card.json, config.json and training.jsonl.
+        The run's folder, with results.jsonl, predictions.parquet, subject_scores.parquet, probe_curve.jsonl,
+        reconstructions.npz, verdict.json, card.json, config.json and training.jsonl.
     """
 
     probe = probe or ProbeConfig()
@@ -166,7 +185,7 @@ class _Work:
             self.screen.say(text)
 
     def embed(self, source: GatherSource, checkpoint: str) -> Embeddings:
-        encoder = load_encoder(self.out / "checkpoints" / checkpoint, self.device)
+        encoder = open_encoder(self.out / "checkpoints" / checkpoint, self.cohort, self.device)
         return embed_windows(make_encode(encoder, source.modalities, self.device), source.iterate_all())
 
 
@@ -202,7 +221,7 @@ def find_labelled_windows(cohort: Cohort, protocol: Protocol, modalities: Sequen
     theirs = cohort.find_windows(subjects=protocol.labelled)
     if not len(theirs):
         return theirs
-    return np.intersect1d(theirs, find_pretraining_windows(cohort, SPLITS, modalities))
+    return np.intersect1d(theirs, find_pretraining_windows(cohort, cohort.readable_splits, modalities))
 
 
 def describe_card(cohort: Cohort, protocol: Protocol) -> dict[str, Any]:
@@ -275,7 +294,8 @@ def _average(scores: Sequence[ScoreRow], task: str, evaluation: str = CONVERGED)
     chosen = [
         row
         for row in scores
-        if (row.task, row.evaluation, row.metric) == (task, evaluation, "balanced_accuracy") and row.value is not None
+        if (row.task, row.evaluation, row.metric, row.scope) == (task, evaluation, "balanced_accuracy", WINDOWS)
+        and row.value is not None
     ]
 
     def mean(values: list[float | None]) -> float | None:
@@ -289,6 +309,7 @@ def _write_results(out: Location, evaluations: Mapping[str, Evaluation], curve: 
     write_results(out / RESULTS_FILE, [row for item in evaluations.values() for row in item.scores])
     tables: list[pa.Table] = [item.predictions for item in evaluations.values()]
     write_predictions(out / PREDICTIONS_FILE, tables)
+    write_subject_scores(out / SUBJECT_SCORES_FILE, [item.subject_scores for item in evaluations.values()])
     (out / "probe_curve.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in curve))
 
 

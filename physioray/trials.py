@@ -22,7 +22,7 @@ from physioray.journal import AfterPass
 from physioray.metrics import AGGREGATE, METRICS
 from physioray.pretrain import PretrainJob, find_pretraining_windows, load_encoder, make_encode, pretrain
 from physioray.pretrainings import PRETRAINING_FILE, Pretraining, pretrain_once
-from physioray.results import CONVERGED, ScoreRow
+from physioray.results import CONVERGED, VALIDATION, ScoreRow
 from physioray.selection import SELECTION_SPLITS, fold_selection
 from physioray.stages import EMBED_BATCH, embed_pretrained, finetune_once, probe_once
 from physioray.steps import StepStore
@@ -163,7 +163,7 @@ class _Scorer:
         people = {
             name for parts in folds.values() for fold in parts for name in (*fold.train, *fold.validation, *fold.test)
         }
-        usable = find_pretraining_windows(cohort, cohort.splits, tuple(settings.model.modalities))
+        usable = find_pretraining_windows(cohort, cohort.readable_splits, tuple(settings.model.modalities))
         windows = np.intersect1d(cohort.find_windows(subjects=people), usable)
         return cls(plan=plan, settings=settings, cohort=cohort, folds=folds, split=split, windows=windows)
 
@@ -180,12 +180,19 @@ class _Scorer:
             features="pretrained",
             folds=self.folds,
             evaluations=(CONVERGED,),
+            scored=VALIDATION,
         )
 
     def probe_step(self, store: StepStore, pretraining: Pretraining) -> Evaluation:
         described = embed_pretrained(store, self.cohort, self.windows, pretraining, device=self.plan.device)
         return probe_once(
-            store, described, self.cohort, self.settings.probe, folds=self.folds, evaluations=(CONVERGED,)
+            store,
+            described,
+            self.cohort,
+            self.settings.probe,
+            folds=self.folds,
+            evaluations=(CONVERGED,),
+            scored=VALIDATION,
         )
 
     def finetune(self, store: StepStore, pretraining: Pretraining) -> Evaluation:
@@ -202,6 +209,7 @@ class _Scorer:
             job,
             replace(self.settings.probe, tasks=tasks),
             folds=self.folds,
+            scored=VALIDATION,
             train_one=lambda one: finetune_once(store, one, pretraining, device=self.plan.device),
         )
 

@@ -56,6 +56,7 @@ def make_folds(cohort, config=CONFIG):
 
 
 def take(evaluation, /, **wanted):
+    wanted = {"scope": "windows"} | wanted
     return [row for row in evaluation.scores if all(getattr(row, name) == value for name, value in wanted.items())]
 
 

@@ -12,10 +12,12 @@ from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.data.splits import Fold
+from physioray.embeddings import embed_windows
+from physioray.evaluate import Evaluation, evaluate_probe
 from physioray.finetune import FinetuneJob, classify_windows, evaluate_finetuning, finetune
 from physioray.models.heads import Classifier
 from physioray.presets import PRESETS, find_preset
-from physioray.pretrain import PretrainJob, load_encoder, make_encode, pretrain
+from physioray.pretrain import PretrainJob, load_encoder, make_encode, open_encoder, pretrain
 from physioray.probe import ProbeError, weigh_classes
 from physioray.results import read_results, write_results
 from physioray.score_tables import tabulate_headline
@@ -202,6 +204,59 @@ def test_folds_are_scored_together_and_stand_in_the_tables(cohort: Cohort, tmp_p
     write_results(open_location(tmp_path / "results.jsonl"), found.scores)
     table = tabulate_headline(read_results(open_location(tmp_path / "results.jsonl")))
     assert [(row.title, row.subtitle) for row in table.rows] == [("Untrained encoder", "trained from scratch")]
+
+
+def test_the_grid_of_training_subsets_gives_rows_and_tables_like_the_probes(
+    cohort: Cohort, checkpoint: str, tmp_path: Path
+) -> None:
+    """Finetuning and probes under the same plans: same sizes, scopes, windows and people, so one table holds both."""
+    train = cohort.list_subjects("train")
+    subsets = {1: train[:1], len(train): train, 25: train}
+    config = ProbeConfig(bootstrap_draws=20, seeds=(0, 1), penalties=(1e-2,))
+    job = make_job(cohort, tmp_path, checkpoint=checkpoint, train={"passes": 1})
+    tuned = evaluate_finetuning(job, replace(config, tasks=("sleep", "arousal")), subsets=subsets)
+    encode = make_encode(load_encoder(open_location(checkpoint)), cohort.modalities)
+    embeddings = embed_windows(encode, GatherSource(cohort, cohort.find_windows(), batch_size=50).iterate_all())
+    probed = evaluate_probe(
+        embeddings,
+        cohort,
+        replace(config, tasks=("sleep", "arousal")),
+        features="pretrained",
+        pretraining="multimae_drop",
+        subsets=subsets,
+        evaluations=("probe_converged",),
+    )
+    names = ("task", "metric", "split", "scope", "training_subjects", "windows", "subjects", "features", "pretraining")
+
+    def list_keys(found: Evaluation) -> set[tuple[object, ...]]:
+        return {tuple(getattr(row, name) for name in names) for row in found.scores if row.seed == 0}
+
+    assert list_keys(tuned) == list_keys(probed)
+    assert {row.training_subjects for row in tuned.scores} == {1, len(train)}
+    assert {row.scope for row in tuned.scores if row.task == "arousal"} == {"windows", "sleep_windows"}
+    assert set(tuned.predictions.column("window_id").to_pylist()) == set(cohort.find_windows(splits=["test"]).tolist())
+    assert tuned.subject_scores.num_rows == 2 * probed.subject_scores.num_rows  # the probe has one seed
+    assert any("25 training subjects were asked for" in note for note in tuned.notes)
+
+
+def test_a_checkpoint_of_other_modalities_is_refused_with_both_named(checkpoint: str, tmp_path: Path) -> None:
+    other = write_cohort(tmp_path / "other", [20] * 5, modalities=("eeg", "airflow"))
+    for attempt in (
+        lambda: finetune(make_job(other, tmp_path / "out", checkpoint=checkpoint)),
+        lambda: open_encoder(open_location(checkpoint), other),
+        lambda: finetune(make_job(other, tmp_path / "out")),
+    ):
+        with pytest.raises(StorageError, match=r"holds eeg, airflow: eog, emg, ecg is missing.*another strategy"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_whose_weights_are_of_another_config_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    content = load_checkpoint(open_location(checkpoint))
+    content["identity"]["model"]["width"] = 64
+    torch.save(content, tmp_path / "mixed.pt")
+    with pytest.raises(StorageError, match="weights of its own config"):
+        load_encoder(open_location(tmp_path / "mixed.pt"))
 
 
 def _is(task: str, seed: int) -> object:

@@ -46,7 +46,7 @@ def test_windows_labels_and_signals_of_test_subjects_cannot_be_read(cohort: Coho
         lambda: locked.open_shard(next(item for item in locked.recordings if item.split == "test")),
         lambda: list(GatherSource(locked, theirs, batch_size=8).iterate_all()),
     ):
-        with pytest.raises(LockedSplitError, match="must not read test subjects"):
+        with pytest.raises(LockedSplitError, match="must not be read while settings are chosen"):
             ask()
     assert len(cohort.find_windows(splits=["test"])) == len(theirs), "the cohort itself is not locked"
 

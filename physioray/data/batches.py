@@ -137,6 +137,7 @@ class BatchPlan:
     Raises:
         ValueError: there are fewer windows or pairs than workers, or the batch size is odd.
         StorageError: no two windows are adjacent.
+        LockedSplitError: a window is of a locked test split.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class BatchPlan:
             raise ValueError(f"There must be at least {world_size} windows, one a worker, but got {len(window_ids)}.")
         if batch_size < world_size:
             raise ValueError(f"A global batch must have a window for each of {world_size} workers, got {batch_size}.")
+        cohort.check_unlocked(window_ids)
         self.cohort, self.window_ids = cohort, np.sort(np.asarray(window_ids, np.int64))
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.runs, self.pairs_per_recording = None, None

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from physioray.signals import MODALITIES, SPLITS, UNKNOWN, Split, label_column, present_column
+from physioray.signals import MODALITIES, SPLITS, UNKNOWN, Split, label_column
 from physioray.storage import Location, StorageError, open_location
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+
+class LockedSplitError(PermissionError):
+    """Something asked for test subjects while the test split is locked; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +50,18 @@ class StoredRecording:
     discontinuities: tuple[float, ...] = ()
 
 
-class LockedSplitError(StorageError):
-    """Code that chooses between models asked for test subjects, who must not have a say in it."""
-
-
 class Cohort:
     """A finished cohort: an ordered list of recordings whose windows are numbered through.
 
     A window id is the row's number over all recordings in the order of the manifest.
 
-    Attributes:
-        test_locked: True for a view that gives nothing of the test subjects away, see `lock_test`.
+    With `test_locked` it is a view for choosing settings: the test subjects are listed, but their shards are never
+    opened. Asking for their windows, labels or signals raises a LockedSplitError; where a column over all windows is
+    read, theirs are unknown (-1, False, NaN). The manifest's totals over everybody stay what they are.
     """
 
-    test_locked: bool = False
-
-    def __init__(self, location: Location) -> None:
-        self.location = location
+    def __init__(self, location: Location, *, test_locked: bool = False) -> None:
+        self.location, self.test_locked = location, test_locked
         if not (location / MANIFEST).exists():
             raise StorageError(
                 f"A cohort must hold {MANIFEST}, but {location} has none. Run: physioray ingest SOURCE {location}"
@@ -104,58 +102,67 @@ class Cohort:
         self.windows = first
 
     @classmethod
-    def open(cls, uri: str | os.PathLike[str], *, anonymous: bool = False) -> Cohort:
+    def open(cls, uri: str | os.PathLike[str], *, anonymous: bool = False, test_locked: bool = False) -> Cohort:
         """Open a cohort by path or URI.
 
         Raises:
             StorageError: no finished cohort stands there.
         """
-        return cls(open_location(uri, anonymous=anonymous))
+        return cls(open_location(uri, anonymous=anonymous), test_locked=test_locked)
 
     def lock_test(self) -> Cohort:
-        """The same cohort for code that selects: test subjects' windows, labels and signals cannot be read through it.
-
-        Their recordings keep their place, so that windows have the same numbers; their labels are unknown, no
-        modality of theirs is present, and their shards are never opened.
-        """
-        view = copy.copy(self)
-        view.test_locked = True
-        return view
+        """The same cohort, its test split locked; for code that chooses settings."""
+        return self if self.test_locked else Cohort(self.location, test_locked=True)
 
     @property
-    def splits(self) -> tuple[Split, ...]:
-        """The splits that may be read."""
-        return tuple(name for name in SPLITS if not (self.test_locked and name == "test"))
+    def readable_splits(self) -> tuple[Split, ...]:
+        """The splits that can be read: all, or all but test where that is locked."""
+        return tuple(split for split in SPLITS if not (self.test_locked and split == "test"))
 
-    def _is_locked(self, recording: StoredRecording) -> bool:
-        return self.test_locked and recording.split == "test"
+    def list_subjects(self, split: Split) -> tuple[str, ...]:
+        """Subjects of a split, sorted; those of a locked test split too, without their labels."""
+        return tuple(sorted({item.subject for item in self.recordings if item.split == split}))
 
-    def _refuse(self, what: str) -> LockedSplitError:
-        return LockedSplitError(
-            f"Code that chooses between models must not read test subjects, but it asked for {what} of "
-            f"{self.location}. Choose on the validation subjects; test scores are for what has been chosen."
+    def check_unlocked(self, window_ids: NDArray[np.int64]) -> None:
+        """Refuse windows of a locked test split.
+
+        Raises:
+            LockedSplitError: names how many there are and the first of their recordings.
+        """
+        if not self.test_locked or not len(window_ids):
+            return
+        locked = np.array([item.split == "test" for item in self.recordings])
+        owner = self.locate(window_ids)[0]
+        if locked[owner].any():
+            self._refuse(
+                f"{int(locked[owner].sum())} windows of {self.recordings[owner[locked[owner]][0]].name} and others"
+            )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise LockedSplitError(
+            f"The test split must not be read while settings are chosen, but {what} was asked for. Choose by the "
+            "validation subjects (evaluate_probe with scored='validation'); to score test at the very end, open the "
+            "cohort without test_locked."
         )
 
     def find_windows(
         self, splits: Iterable[Split] | None = None, subjects: Iterable[str] | None = None
     ) -> NDArray[np.int64]:
-        """Window ids `(N,)` of some splits or subjects (all of them if None), in ascending order.
+        """Window ids `(N,)` of some splits or subjects (all that can be read if None), in ascending order.
 
         Raises:
-            LockedSplitError: test subjects are locked away and asked for by name (among all they are left out).
+            LockedSplitError: the test split or one of its subjects was asked for by name, and is locked.
         """
         allowed_splits = None if splits is None else set(splits)
         allowed_subjects = None if subjects is None else set(subjects)
         if self.test_locked:
-            locked = {item.subject for item in self.recordings if item.split == "test"}
-            if allowed_splits is not None and "test" in allowed_splits:
-                raise self._refuse("the split test")
-            if allowed_subjects is not None and (asked := sorted(locked & allowed_subjects)):
-                raise self._refuse(f"the subjects {', '.join(asked[:5])}")
+            named = sorted((allowed_subjects or set()) & set(self.list_subjects("test")))
+            if "test" in (allowed_splits or ()) or named:
+                self._refuse(f"subject {named[0]}" if named else "its windows")
         parts = [
             np.arange(item.first, item.first + item.rows, dtype=np.int64)
             for item in self.recordings
-            if not self._is_locked(item)
+            if item.split in self.readable_splits
             and (allowed_splits is None or item.split in allowed_splits)
             and (allowed_subjects is None or item.subject in allowed_subjects)
         ]
@@ -171,20 +178,25 @@ class Cohort:
         """The shard of a recording; memory-mapped if it is a local file.
 
         Raises:
-            LockedSplitError: it is a test subject's, and they are locked away.
+            LockedSplitError: it is a test subject's, and the test split is locked.
         """
-        if self._is_locked(recording):
-            raise self._refuse(f"the recording {recording.name}")
+        if recording.split not in self.readable_splits:
+            self._refuse(f"the shard of {recording.name}")
         place = self.location / recording.file
         source = pa.memory_map(place.path) if place.is_local else place.filesystem.open_input_file(place.path)
         return pa.ipc.open_file(source)
 
     def read_column(self, column: str) -> NDArray[Any]:
-        """One small column `(windows,)` over all recordings, for example `label_sleep` or `start`."""
-        parts = []
+        """One small column `(windows,)` over all recordings, for example `label_sleep` or `start`.
+
+        Of a locked test split the values are unknown: -1, False or NaN.
+        """
+        parts: list[NDArray[Any]] = []
+        locked: list[int] = []
         for recording in self.recordings:
-            if self._is_locked(recording):
-                parts.append(_hide(column, recording.rows))
+            if recording.split not in self.readable_splits:
+                locked.append(len(parts))
+                parts.append(np.empty(recording.rows))
                 continue
             reader = self.open_shard(recording)
             number = reader.schema.get_field_index(column)
@@ -194,6 +206,11 @@ class Cohort:
                 reader.get_batch(i).column(number).to_numpy(zero_copy_only=False)
                 for i in range(reader.num_record_batches)
             ]
+        known = [part.dtype for number, part in enumerate(parts) if number not in locked]
+        for number in locked:
+            kind = known[0] if known else np.dtype(np.float64)
+            filler = {"b": False, "f": np.nan}.get(kind.kind, UNKNOWN)
+            parts[number] = np.full(len(parts[number]), filler, kind)
         return np.concatenate(parts) if parts else np.empty(0)
 
     def read_labels(self, task: str) -> NDArray[np.int8]:
@@ -204,12 +221,3 @@ class Cohort:
         """True if at least two classes of a task occur in the cohort."""
         counts = self.manifest["class_counts"].get(task, [])
         return sum(count > 0 for count in counts) >= 2
-
-
-def _hide(column: str, rows: int) -> NDArray[Any]:
-    """What a locked recording shows of a column: unknown labels, nothing present, no times."""
-    if column.startswith(label_column("")):
-        return np.full(rows, UNKNOWN, np.int8)
-    if column.startswith(present_column("")):
-        return np.zeros(rows, bool)
-    return np.full(rows, -1)

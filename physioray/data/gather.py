@@ -66,7 +66,12 @@ class WindowReader:
         self.present = {name: cohort.read_column(present_column(name)).astype(bool) for name in names}
 
     def read(self, window_ids: Int64[np.ndarray, "b"]) -> Batch:
-        """The batch of some windows, in the order given."""
+        """The batch of some windows, in the order given.
+
+        Raises:
+            LockedSplitError: a window is of a locked test split.
+        """
+        self.cohort.check_unlocked(window_ids)
         recording = np.searchsorted(self.firsts, window_ids, side="right") - 1
         row = window_ids - self.firsts[recording]
         signals = {

@@ -31,7 +31,8 @@ class _OrderedWindows(Datasource):
 
     def __init__(self, cohort: Cohort, modalities: Sequence[str], batches: list[NDArray[np.int64]]) -> None:
         super().__init__()
-        self.uri, self.fingerprint, self.test_locked = cohort.location.uri, cohort.fingerprint, cohort.test_locked
+        self.uri, self.fingerprint = cohort.location.uri, cohort.fingerprint
+        self.test_locked = cohort.test_locked
         self.modalities, self.batches = tuple(modalities), batches
         self.row_bytes = sum(2 * cohort.modalities[name].samples for name in modalities) + 64
 
@@ -71,8 +72,7 @@ def _open_reader(uri: str, fingerprint: str, test_locked: bool, modalities: tupl
 
     The fingerprint is part of the key, so that a cohort made anew under the same path is opened anew.
     """
-    cohort = Cohort.open(uri)
-    reader = WindowReader(cohort.lock_test() if test_locked else cohort, modalities)
+    reader = WindowReader(Cohort.open(uri, test_locked=test_locked), modalities)
     if reader.cohort.fingerprint != fingerprint:
         raise ValueError(f"The cohort at {uri} must stay the same during a run, but it was made anew. Start again.")
     return reader
