@@ -14,6 +14,7 @@ KNOWS_THE_CLUSTER = {
     "physioray.cli",
     "physioray.sweep",
     "physioray.distribute",
+    "physioray.infer_many",  # many recordings at once; distribute is about training
     "physioray.data.shards",
     "physioray.data.stream",
 }
