@@ -142,8 +142,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _infer(options: argparse.Namespace) -> int:
     from physioray.data.records import RejectedRecording
-    from physioray.data.subjects import read_discontinuities
-    from physioray.infer import PAGE_FILE, describe_summary, find_recordings, infer_recording
+    from physioray.infer import PAGE_FILE, describe_summary, find_recordings, infer_recording, read_jumps
     from physioray.origins import open_model
     from physioray.storage import open_location
 
@@ -152,7 +151,7 @@ def _infer(options: argparse.Namespace) -> int:
     model = open_model(open_location(options.checkpoint), say=lambda text: print(text, file=sys.stderr))
     if source.path == place.path:
         return _infer_many(source, entries, model, out, options)
-    jumps = read_discontinuities(source).get(entries[0].name, ())
+    jumps = read_jumps(source).get(entries[0].name, ())
     try:
         summary = infer_recording(source, entries[0], model, out, discontinuities=jumps)
     except RejectedRecording as error:

@@ -22,6 +22,7 @@ from physioray.data.convert import ConvertedRecording, convert_recording
 from physioray.data.gather import view_tensor
 from physioray.data.ledger import stamp_files
 from physioray.data.records import RecordEntry, list_records
+from physioray.data.subjects import read_discontinuities
 from physioray.figures import find_runs, render_svg
 from physioray.metrics import score_predictions
 from physioray.night_figures import draw_night, render_png
@@ -50,6 +51,9 @@ EDF_STAGES = {"W": "Sleep stage W", "N1": "Sleep stage N1", "N2": "Sleep stage N
     "REM": "Sleep stage R"
 }
 """Standard texts of EDF+ (https://www.edfplus.info/specs/edftexts.html)."""
+
+PERSONAL_TASKS = ("age",)
+"""Tasks whose answer is the same all night: told as a mean probability, not in minutes."""
 
 _UNKNOWN_TEXT = "Sleep stage ?"
 
@@ -94,8 +98,7 @@ def find_recordings(place: Location) -> tuple[Location, list[RecordEntry]]:
     """
     if place.info().type == pafs.FileType.Directory:
         return place, list_records(place)
-    path, uri = place.path.rsplit("/", 1)[0], place.uri.rsplit("/", 1)[0]
-    folder = Location(place.filesystem, path, uri)
+    folder = place.folder
     stem = place.name.rsplit(".", 1)[0] if place.exists() else place.name
     try:
         known = [entry for entry in list_records(folder) if entry.path == stem]
@@ -112,6 +115,14 @@ def find_recordings(place: Location) -> tuple[Location, list[RecordEntry]]:
             f"Looked for {', '.join(beside)} in {folder}."
         )
     return folder, [RecordEntry(name=stem, path=stem)]
+
+
+def read_jumps(source: Location) -> Mapping[str, Sequence[int]]:
+    """Jumps by recording: from `discontinuities.csv` in the source, or in the folder above if that has it.
+
+    Where every recording has a folder of its own, as PhysioNet has them, the table stands one level up.
+    """
+    return {**read_discontinuities(source.folder), **read_discontinuities(source)}
 
 
 def read_night(
@@ -228,12 +239,14 @@ def summarise_night(name: str, night: ReadNight, model: PretrainedModel) -> dict
         classes, predicted = find_task(task).classes, night.predict(task)
         counts = np.bincount(predicted[predicted != UNKNOWN], minlength=len(classes))
         entry: dict[str, Any] = {
-            "minutes": {label: float(n) * WINDOW_SECONDS / 60 for label, n in zip(classes, counts, strict=True)},
+            "minutes": None
+            if task in PERSONAL_TASKS
+            else {label: float(n) * WINDOW_SECONDS / 60 for label, n in zip(classes, counts, strict=True)},
             "mean_probability": {
                 label: float(value) for label, value in zip(classes, _mean(night.probabilities[task]), strict=True)
             },
         }
-        entry["agreement"] = _compare(task, night, predicted)
+        entry["agreement"] = None if task in PERSONAL_TASKS else _compare(task, night, predicted)
         tasks[task] = entry
     return {
         "recording": name,
@@ -270,6 +283,10 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
     shares = [f"{name} {entry['share']:.0%}" for name, entry in summary["modalities"].items()]
     lines.append(f"Present: {', '.join(shares)}.")
     for task, found in summary["tasks"].items():
+        if found["minutes"] is None:
+            told = ", ".join(f"{label} {value:.2f}" for label, value in found["mean_probability"].items())
+            lines.append(f"{find_task(task).title}, mean probability over the night: {told}.")
+            continue
         minutes = ", ".join(f"{label} {value:.1f}" for label, value in found["minutes"].items())
         agreement = found["agreement"]
         compared = ""
@@ -375,6 +392,7 @@ def write_edf(night: ReadNight, model: PretrainedModel) -> bytes:
         )
         for first, last in itertools.pairwise(bounds)
     ]
-    told = ("stages_predicted", f"model_trained_on_{_say_training(model).replace(' ', '_')}")
+    # The header's field holds 80 characters.
+    told = ("predicted", "trained_on_SIMULATED" if model.simulated else "trained_on_recorded")
     recording = EdfRecording(equipment_code=f"physioray_{__version__}", additional=told)
     return Edf([], annotations=notes, recording=recording).to_bytes()

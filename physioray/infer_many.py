@@ -30,8 +30,7 @@ from physioray.data.ledger import (
 )
 from physioray.data.records import RecordEntry, RejectedRecording
 from physioray.data.shards import name_error, run_tasks, use_ray
-from physioray.data.subjects import read_discontinuities
-from physioray.infer import PAGE_FILE, infer_recording
+from physioray.infer import PAGE_FILE, infer_recording, read_jumps
 from physioray.pretrained import PretrainedModel, pack_model, unpack_model
 from physioray.storage import Location, is_committed, open_location
 
@@ -81,7 +80,7 @@ def infer_many(
         check_identity({"identity": settings.read_json()}, identity, settings)
     out.make_folder()
     settings.write_json(identity)
-    keyed, jumps = key_entries(entries), read_discontinuities(source)
+    keyed, jumps = key_entries(entries), read_jumps(source)
     rows = _find_finished(source, out, keyed)
     jobs = [
         _Job(key=key, entry=entry, source=source.uri, out=out.uri, discontinuities=tuple(jumps.get(entry.name, ())))

@@ -20,6 +20,7 @@ from physioray.config import ProbeConfig, TrainConfig, from_dict
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.embeddings import Embeddings, embed_windows
+from physioray.metrics import AGGREGATE
 from physioray.models.heads import Classifier
 from physioray.pretrain import choose_checkpoint, find_pretraining_windows, load_encoder, make_encode
 from physioray.pretrained import PretrainedModel, is_export, load_model
@@ -33,6 +34,8 @@ from physioray.strategies import Encoder, build_model, name_strategy, restore_se
 
 ORIGIN_FILE = "origin.json"
 _BATCH = 64
+_LEVELS = 5
+"""How far above a finetuning's checkpoint its config.json may stand: OUT/TASK/PART/checkpoints/last.pt."""
 
 Say = Callable[[str], None]
 
@@ -204,7 +207,10 @@ def _open_run(run: Location, device: torch.device | str, say: Say | None) -> Pre
 def _read_scores(run: Location) -> dict[str, Any]:
     """Headline scores beside their floors, how they were measured, and the verdict, as far as the run has them."""
     rows = read_results(run / RESULTS_FILE) if (run / RESULTS_FILE).exists() else []
-    table = tabulate_headline(rows)
+    skipped = {row.task for row in rows} - {row.task for row in rows if row.value is not None}
+    # An aggregate over fewer tasks compares with no other.
+    kept = [row for row in rows if row.task not in skipped and not (skipped and row.task == AGGREGATE)]
+    table = tabulate_headline(kept)
     lines = [
         {
             "title": row.title,
@@ -227,7 +233,7 @@ def _open_checkpoint(place: Location, device: torch.device | str, say: Say | Non
     content = load_checkpoint(place)
     identity = content["identity"]
     if "trunk" not in identity:
-        run = _go_up(place, 2)
+        run = place.folder.folder
         if (run / "config.json").exists() and _find_weights(run, (run / "config.json").read_json()).name == place.name:
             return _open_run(run, device, say)
         raise StorageError(
@@ -283,17 +289,12 @@ def _measure_finetuned(
     return {"modalities": list(encoder.tokens), "simulated": cohort.simulated, "sentence": sentence, "rows": []}
 
 
-def _go_up(place: Location, levels: int) -> Location:
-    path, uri = place.path, place.uri
-    for _ in range(levels):
-        path, uri = path.rsplit("/", 1)[0], uri.rsplit("/", 1)[0]
-    return Location(place.filesystem, path, uri)
-
-
 def _find_cohort(place: Location, identity: dict[str, Any]) -> Cohort:
     """The cohort of a finetuning: named by a config.json in one of the folders above its checkpoint."""
-    for levels in range(1, 6):
-        config = _go_up(place, levels) / "config.json"
+    folder = place
+    for _ in range(_LEVELS):
+        folder = folder.folder
+        config = folder / "config.json"
         if config.exists() and "cohort" in config.read_json():
             cohort = Cohort.open(config.read_json()["cohort"])
             _check_cohort(cohort, identity.get("cohort"), place)

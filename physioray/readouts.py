@@ -17,7 +17,7 @@ from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.embeddings import Embeddings
 from physioray.probe import LinearHead, ProbeError, choose_head, fit_path
-from physioray.signals import UNKNOWN, Split, Task, find_task
+from physioray.signals import TASKS, UNKNOWN, Split, Task, find_task
 from physioray.storage import Location, StorageError, dump_json
 
 HEADS_FILE = "heads.safetensors"
@@ -84,7 +84,7 @@ def fit_readouts(
         try:
             readouts[name] = _fit(embeddings, find_task(name), train, validation, config)
         except ProbeError as error:
-            missing[name] = str(error)
+            missing[name] = str(error).rstrip(".")
     return readouts, missing
 
 
@@ -153,9 +153,9 @@ def unpack_readouts(files: Mapping[str, bytes], where: object) -> tuple[dict[str
     try:
         facts = json.loads(files[HEADS_NOTE])
         tensors = load_tensors(files[HEADS_FILE])
-        readouts = {}
-        for name, note in facts.pop("heads").items():
-            task = find_task(name)
+        readouts, notes = {}, facts.pop("heads")
+        for name in sorted(notes, key=list(TASKS).index):
+            task, note = find_task(name), notes[name]
             if list(task.classes) != note.pop("classes"):
                 raise ValueError(f"the classes of {name} must be {', '.join(task.classes)}")
             parts = {part: tensors[f"{name}.{part}"] for part in _PARTS}

@@ -46,6 +46,13 @@ class Location:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
     @property
+    def folder(self) -> Location:
+        """The folder that this lies in."""
+        return Location(
+            self.filesystem, self.path.rstrip("/").rsplit("/", 1)[0], self.uri.rstrip("/").rsplit("/", 1)[0]
+        )
+
+    @property
     def is_local(self) -> bool:
         """True for a folder of this machine, which can be memory-mapped."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
