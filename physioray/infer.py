@@ -284,8 +284,8 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
     lines.append(f"Present: {', '.join(shares)}.")
     for task, found in summary["tasks"].items():
         if found["minutes"] is None:
-            told = ", ".join(f"{label} {value:.2f}" for label, value in found["mean_probability"].items())
-            lines.append(f"{find_task(task).title}, mean probability over the night: {told}.")
+            means = ", ".join(f"{label} {value:.2f}" for label, value in found["mean_probability"].items())
+            lines.append(f"{find_task(task).title}, mean probability over the night: {means}.")
             continue
         minutes = ", ".join(f"{label} {value:.1f}" for label, value in found["minutes"].items())
         agreement = found["agreement"]
