@@ -89,6 +89,9 @@ def _build_parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="write a run's model for others: safetensors, settings, model card")
     export.add_argument("run_folder", metavar="RUN", help="a run's folder, or the checkpoint of a finetuning")
     export.add_argument("out", metavar="DIR", help="folder to write")
+    export.add_argument(
+        "--onnx", action="store_true", help="write the encoder as ONNX too: pip install 'physioray[onnx]'"
+    )
     export.set_defaults(run=_export)
     return parser
 
@@ -181,7 +184,9 @@ def _export(options: argparse.Namespace) -> int:
     from physioray.storage import open_location
 
     out = open_location(options.out)
-    model = export_model(open_location(options.run_folder), out, say=lambda text: print(text, file=sys.stderr))
+    model = export_model(
+        open_location(options.run_folder), out, onnx=options.onnx, say=lambda text: print(text, file=sys.stderr)
+    )
     simulated = " (trained on SIMULATED signals)" if model.simulated else ""
     heads = ", ".join(model.readouts) or "none"
     print(f"{model.description['strategy']}{simulated}: {model.features} features, heads: {heads}.")

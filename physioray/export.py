@@ -12,23 +12,30 @@ import torch
 from physioray.absences import MISSING_FILE
 from physioray.night_page import tabulate_losses
 from physioray.origins import Say, open_model
+from physioray.portable import ONNX_FILE, write_onnx
 from physioray.pretrained import CONFIG_FILE, HEADS_FILE, HEADS_NOTE, WEIGHTS_FILE, PretrainedModel, pack_model
 from physioray.signals import TASKS, find_modality, find_task
-from physioray.storage import Location, StorageError, commit_folder
+from physioray.storage import DONE, Location, StorageError, commit_folder
 
 CARD_FILE = "README.md"
 TEMPLATE = "model_card.md.jinja"
-_KNOWN = {WEIGHTS_FILE, CONFIG_FILE, HEADS_FILE, HEADS_NOTE, MISSING_FILE, CARD_FILE, "done.json", "encoder.onnx"}
+_KNOWN = {WEIGHTS_FILE, CONFIG_FILE, HEADS_FILE, HEADS_NOTE, MISSING_FILE, CARD_FILE, DONE, ONNX_FILE}
 
 
 def export_model(
-    place: Location, out: Location, *, device: torch.device | str = "cpu", say: Say | None = None
+    place: Location,
+    out: Location,
+    *,
+    onnx: bool = False,
+    device: torch.device | str = "cpu",
+    say: Say | None = None,
 ) -> PretrainedModel:
     """Write the model of a run, or of the checkpoint of a finetuning, into a folder for others.
 
     Args:
         place: the run's folder, or a checkpoint; see `origins.open_model`.
         out: folder to write; an older export in it is replaced.
+        onnx: write the encoder as an ONNX network too.
         device: where heads are fitted, if the run has none yet.
         say: takes lines about what has to be done first.
 
@@ -45,22 +52,23 @@ def export_model(
             "Name another folder."
         )
     model = open_model(place, device=device, say=say)
-    write_model(model, out)
+    write_model(model, out, onnx=onnx)
     return model
 
 
-def write_model(model: PretrainedModel, out: Location) -> None:
+def write_model(model: PretrainedModel, out: Location, *, onnx: bool = False) -> None:
     """Write a model's files and its card; the list of files, which makes the folder whole, last."""
     out.make_folder()
-    (out / "done.json").delete()
+    (out / DONE).delete()
     files = pack_model(model)
     for name, content in files.items():
         (out / name).write_bytes(content)
     (out / MISSING_FILE).write_json(model.description["missing_modalities"])
     (out / CARD_FILE).write_text(describe_model(model))
     # A network of an older export would not be this model's.
-    (out / "encoder.onnx").delete()
-    commit_folder(out, [*files, MISSING_FILE, CARD_FILE])
+    (out / ONNX_FILE).delete()
+    more = [write_onnx(model, out).name] if onnx else []
+    commit_folder(out, [*files, MISSING_FILE, CARD_FILE, *more])
 
 
 def describe_model(model: PretrainedModel) -> str:

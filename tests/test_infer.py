@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from physioray.cli import main
 from physioray.data.records import RejectedRecording
+from physioray.export import write_model
 from physioray.infer import EDF_STAGES, find_recordings, infer_recording
 from physioray.origins import open_model
 from physioray.pretrained import PretrainedModel
@@ -56,6 +58,11 @@ def night(model: PretrainedModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def read_csv(place: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(place.read_text())))
+
+
+def save(model: PretrainedModel, folder: Path) -> Path:
+    write_model(model, open_location(str(folder / "model")))
+    return folder / "model"
 
 
 def test_every_window_has_its_embedding_stage_and_probabilities(night: Path) -> None:
@@ -155,13 +162,6 @@ def test_jumps_are_found_beside_the_recording_or_one_level_up(model: PretrainedM
     assert (summary["jumps"], summary["windows"], summary["windows_dropped_at_jumps"]) == (1, 4, 1)
 
 
-def save(model: PretrainedModel, folder: Path) -> Path:
-    from physioray.export import write_model
-
-    write_model(model, open_location(str(folder / "model")))
-    return folder / "model"
-
-
 def test_the_command_prints_what_was_found_and_where(
     run: Location, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +184,21 @@ def test_a_recording_that_cannot_be_used_is_one_line(
     source, entries = find_recordings(open_location(str(record)))
     with pytest.raises(RejectedRecording, match="At least one modality"):
         infer_recording(source, entries[0], model, open_location(str(tmp_path / "out")))
+
+
+@pytest.mark.real
+def test_a_real_excerpt_with_jumps_every_minute_is_read(
+    model: PretrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = os.environ.get("PHYSIORAY_REAL_DATA")
+    if not folder:
+        pytest.skip("PHYSIORAY_REAL_DATA names no folder of real recordings")
+    record = Path(folder) / "cinc2018_excerpts" / "mx00-9126" / "mx00-9126"
+    assert main(["infer", str(record), str(save(model, tmp_path)), "--out", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["jumps"], summary["usable_windows"]) == (47, 96)
+    assert summary["tasks"]["sleep"]["agreement"]["windows"] == 96 and not summary["simulated_recording"]
+    assert "SIMULATED signals" in capsys.readouterr().out
 
 
 @pytest.mark.ray
