@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,15 +22,18 @@ MISSING_FILE = "missing_modalities.json"
 MOST_WINDOWS = 2000
 """Validation windows are thinned evenly to this number: every subset of the modalities costs an embedding of each."""
 
+FEW_MODALITIES = 4
+"""Up to this number every subset is measured: 15 of four. Above, only all but one and each alone."""
+
 _BATCH = 64
 _DRAWS = 500
 
 
 def list_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
-    """All modalities, all but one, and each alone; no subset twice."""
+    """All modalities, all but one, every pair if there are few, and each alone; no subset twice."""
     whole = tuple(modalities)
-    without = [tuple(name for name in whole if name != left) for left in whole]
-    return list(dict.fromkeys(item for item in (whole, *without, *((name,) for name in whole)) if item))
+    sizes = range(len(whole), 0, -1) if len(whole) <= FEW_MODALITIES else (len(whole), len(whole) - 1, 1)
+    return [subset for size in sizes for subset in itertools.combinations(whole, size)]
 
 
 def measure_absences(

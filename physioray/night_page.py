@@ -99,7 +99,9 @@ def tabulate_losses(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in measured["rows"]:
         key = tuple(row["present"])
-        title = "all modalities" if not row["absent"] else f"only {key[0]}" if len(key) == 1 else ""
-        line = lines.setdefault(key, {"title": title or f"without {', '.join(row['absent'])}", "cells": {}})
+        title = "all modalities" if not row["absent"] else f"only {', '.join(key)}"
+        if len(row["absent"]) == 1 and len(key) > 1:
+            title = f"without {row['absent'][0]}"
+        line = lines.setdefault(key, {"title": title, "cells": {}})
         line["cells"][row["task"]] = row
     return list(lines.values())
