@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from physioray import __version__
 
@@ -152,19 +151,16 @@ def _infer(options: argparse.Namespace) -> int:
     place, out = open_location(options.recording), open_location(options.out)
     source, entries = find_recordings(place)
     model = open_model(open_location(options.checkpoint), say=lambda text: print(text, file=sys.stderr))
-    if source.path == place.path:
-        return _infer_many(source, entries, model, out, options)
-    jumps = read_jumps(source).get(entries[0].name, ())
-    try:
-        summary = infer_recording(source, entries[0], model, out, discontinuities=jumps)
-    except RejectedRecording as error:
-        raise ValueError(f"{entries[0].name} cannot be used. {error}") from error
-    print(describe_summary(summary))
-    print(f"The page: {out / PAGE_FILE}")
-    return 0
+    if source.path != place.path:
+        jumps = read_jumps(source).get(entries[0].name, ())
+        try:
+            summary = infer_recording(source, entries[0], model, out, discontinuities=jumps)
+        except RejectedRecording as error:
+            raise ValueError(f"{entries[0].name} cannot be used. {error}") from error
+        print(describe_summary(summary))
+        print(f"The page: {out / PAGE_FILE}")
+        return 0
 
-
-def _infer_many(source: Any, entries: Any, model: Any, out: Any, options: argparse.Namespace) -> int:
     from physioray.infer_many import LEDGER_FILE, infer_many
     from physioray.progress import ProgressLine
 
