@@ -144,7 +144,8 @@ def _info(options: argparse.Namespace) -> int:
 
 def _infer(options: argparse.Namespace) -> int:
     from physioray.data.records import RejectedRecording
-    from physioray.infer import PAGE_FILE, describe_summary, find_recordings, infer_recording, read_jumps
+    from physioray.data.selection import find_recordings, read_jumps
+    from physioray.infer import PAGE_FILE, describe_summary, infer_recording
     from physioray.origins import open_model
     from physioray.storage import open_location
 

@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 from edfio import Edf, EdfAnnotation
 from edfio import Recording as EdfRecording
 from jaxtyping import Bool, Float, Float32, Int
-from pyarrow import fs as pafs
 
 from physioray import __version__
+from physioray.config import IngestConfig, hash_config
 from physioray.data.convert import ConvertedRecording, convert_recording
 from physioray.data.gather import view_tensor
 from physioray.data.ledger import stamp_files
-from physioray.data.records import RecordEntry, list_records
-from physioray.data.subjects import read_discontinuities
+from physioray.data.records import RecordEntry
 from physioray.figures import find_runs, render_svg
 from physioray.metrics import score_predictions
 from physioray.night_figures import draw_night, render_png
@@ -87,54 +86,23 @@ class ReadNight:
         return np.where(known, np.nan_to_num(values).argmax(1), UNKNOWN)
 
 
-def find_recordings(place: Location) -> tuple[Location, list[RecordEntry]]:
-    """What a user may mean by RECORDING: a folder of recordings, or one by its file or its WFDB record name.
-
-    Returns:
-        The source (a folder) and its recordings.
-
-    Raises:
-        StorageError: there is no such recording.
-    """
-    if place.info().type == pafs.FileType.Directory:
-        return place, list_records(place)
-    folder = place.folder
-    stem = place.name.rsplit(".", 1)[0] if place.exists() else place.name
-    try:
-        known = [entry for entry in list_records(folder) if entry.path == stem]
-    except StorageError:
-        known = []
-    if known:
-        # Of a WFDB record and an EDF file of one name, the one whose file was named.
-        named = [entry for entry in known if getattr(entry, "file", "") == place.name]
-        return folder, (named or known)[:1]
-    beside = [f"{stem}{ending}" for ending in (".hea", ".info", ".edf", ".EDF")]
-    if not any((folder / name).exists() for name in beside):
-        raise StorageError(
-            f"A recording must be a folder, a WFDB record or an EDF file, but there is none at {place}. "
-            f"Looked for {', '.join(beside)} in {folder}."
-        )
-    return folder, [RecordEntry(name=stem, path=stem)]
-
-
-def read_jumps(source: Location) -> Mapping[str, Sequence[int]]:
-    """Jumps by recording: from `discontinuities.csv` in the source, or in the folder above if that has it.
-
-    Where every recording has a folder of its own, as PhysioNet has them, the table stands one level up.
-    """
-    return {**read_discontinuities(source.folder), **read_discontinuities(source)}
-
-
 def read_night(
-    source: Location, entry: RecordEntry, model: PretrainedModel, *, discontinuities: Sequence[int] = ()
+    source: Location,
+    entry: RecordEntry,
+    model: PretrainedModel,
+    *,
+    discontinuities: Sequence[int] = (),
+    settings: IngestConfig | None = None,
 ) -> ReadNight:
     """Bring one recording to windows as the model's cohort was, and embed and classify them.
+
+    Arguments as for `infer_recording`.
 
     Raises:
         RejectedRecording: it cannot be read, or has none of the model's modalities.
     """
     converted = convert_recording(
-        source, entry, model.preprocessing, subject=None, discontinuities=tuple(discontinuities)
+        source, entry, settings or model.preprocessing, subject=None, discontinuities=tuple(discontinuities)
     )
     signals, present = _take_windows(converted, model.modalities)
     vectors = model.embed_windows(signals, present)
@@ -170,14 +138,16 @@ def infer_recording(
     out: Location,
     *,
     discontinuities: Sequence[int] = (),
+    settings: IngestConfig | None = None,
 ) -> dict[str, Any]:
     """Write what a model says of one recording into a folder; a finished one is not made again.
 
     Args:
-        source, entry: the recording, see `find_recordings`.
+        source, entry: the recording, see `data.selection.find_recordings`.
         model: see `origins.open_model`.
         out: folder for embeddings.parquet, hypnogram.csv, hypnogram.edf, night.png, night.html and summary.json.
         discontinuities: samples, at the source's rate, that are the first after a jump.
+        settings: the model's preprocessing with what is particular to this source; the model's own if None.
 
     Returns:
         The content of summary.json.
@@ -186,7 +156,8 @@ def infer_recording(
         RejectedRecording: the recording cannot be used.
         StorageError: the folder holds something else.
     """
-    identity = _identify(source, entry, model, discontinuities)
+    used = settings or model.preprocessing
+    identity = {**_identify(source, entry, model, discontinuities), "settings": hash_config(used)}
     known = _read_summary(out)
     if known is not None:
         for part in ("recording", "weights_sha256"):
@@ -197,7 +168,7 @@ def infer_recording(
                 )
         if known["identity"] == identity and is_committed(out):
             return known
-    night = read_night(source, entry, model, discontinuities=discontinuities)
+    night = read_night(source, entry, model, discontinuities=discontinuities, settings=used)
     summary = summarise_night(entry.name, night, model) | {"identity": identity}
     figure = _draw(entry.name, night, model)
     picture = render_png(figure)

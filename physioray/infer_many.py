@@ -19,6 +19,7 @@ import ray
 from threadpoolctl import threadpool_limits
 
 from physioray.checkpoint import check_identity
+from physioray.config import IngestConfig, hash_config
 from physioray.data.ledger import (
     LedgerRow,
     hide_credentials,
@@ -29,8 +30,9 @@ from physioray.data.ledger import (
     write_row,
 )
 from physioray.data.records import RecordEntry, RejectedRecording
+from physioray.data.selection import read_jumps
 from physioray.data.shards import name_error, run_tasks, use_ray
-from physioray.infer import PAGE_FILE, infer_recording, read_jumps
+from physioray.infer import PAGE_FILE, infer_recording
 from physioray.pretrained import PretrainedModel, pack_model, unpack_model
 from physioray.storage import Location, is_committed, open_location
 
@@ -49,6 +51,7 @@ class _Job:
     source: str
     out: str
     discontinuities: tuple[int, ...]
+    settings: IngestConfig
 
 
 def infer_many(
@@ -57,6 +60,7 @@ def infer_many(
     model: PretrainedModel,
     out: Location,
     *,
+    settings: IngestConfig | None = None,
     address: str | None = None,
     progress: Progress | None = None,
 ) -> list[LedgerRow]:
@@ -67,6 +71,7 @@ def infer_many(
         entries: its recordings.
         model: sent to the workers, so it need not lie where they can reach it.
         out: folder or bucket: a folder per recording, `ledger/`, and `ledger.csv` at the end.
+        settings: as for `infer.infer_recording`.
         address: a running Ray cluster; one is started here for the time if None.
         progress: called with done, total and a note.
 
@@ -74,16 +79,28 @@ def infer_many(
         StorageError: `out` holds the reading of another source or by another model.
         KeyboardInterrupt: after all tasks have been stopped; the same call continues.
     """
-    identity = {"source": hide_credentials(source.uri), "weights_sha256": model.description["weights_sha256"]}
-    settings = out / SETTINGS_FILE
-    if settings.exists():
-        check_identity({"identity": settings.read_json()}, identity, settings)
+    used = settings or model.preprocessing
+    identity = {
+        "source": hide_credentials(source.uri),
+        "weights_sha256": model.description["weights_sha256"],
+        "settings": hash_config(used),
+    }
+    place = out / SETTINGS_FILE
+    if place.exists():
+        check_identity({"identity": place.read_json()}, identity, place)
     out.make_folder()
-    settings.write_json(identity)
+    place.write_json(identity)
     keyed, jumps = key_entries(entries), read_jumps(source)
     rows = _find_finished(source, out, keyed)
     jobs = [
-        _Job(key=key, entry=entry, source=source.uri, out=out.uri, discontinuities=tuple(jumps.get(entry.name, ())))
+        _Job(
+            key=key,
+            entry=entry,
+            source=source.uri,
+            out=out.uri,
+            discontinuities=tuple(jumps.get(entry.name, ())),
+            settings=used,
+        )
         for key, entry in keyed.items()
         if key not in rows
     ]
@@ -141,7 +158,9 @@ def _read_one(job: _Job, shared: list[ray.ObjectRef]) -> LedgerRow:
         source, out = open_location(job.source), open_location(job.out)
         try:
             model = _unpack(shared[0])
-            facts = infer_recording(source, job.entry, model, out / job.key, discontinuities=job.discontinuities)
+            facts = infer_recording(
+                source, job.entry, model, out / job.key, discontinuities=job.discontinuities, settings=job.settings
+            )
         except RejectedRecording as error:
             row = reject(job.key, job.entry, "recording", str(error), stamp_files(source, job.entry))
         except OSError:

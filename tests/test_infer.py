@@ -15,8 +15,9 @@ import torch
 
 from physioray.cli import main
 from physioray.data.records import RejectedRecording
+from physioray.data.selection import find_recordings
 from physioray.export import write_model
-from physioray.infer import EDF_STAGES, find_recordings, infer_recording
+from physioray.infer import EDF_STAGES, infer_recording
 from physioray.origins import open_model
 from physioray.pretrained import PretrainedModel
 from physioray.signals import STAGES
