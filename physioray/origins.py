@@ -106,7 +106,8 @@ def complete_run(
     missing = {name: "no window has a label" for name in TASKS}
     if embeddings is not None:
         readouts, missing = fit_readouts(embeddings, cohort, probe or ProbeConfig(), cross_validated=cross_validated)
-    absences = measure_absences(encoder, readouts, cohort, device=device)
+    decided = "the heads' penalty was chosen" if place.name == "last.pt" else "checkpoint and penalty were chosen"
+    absences = measure_absences(encoder, readouts, cohort, device=device, chosen=decided)
     (run / ORIGIN_FILE).write_json(describe_origin(cohort))
     (run / MISSING_FILE).write_json(absences)
     facts = {"weights_sha256": hash_bytes(place.read_bytes()), "without": missing, "cross_validated": cross_validated}
