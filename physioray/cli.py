@@ -102,6 +102,23 @@ def _build_parser() -> argparse.ArgumentParser:
     remove.add_argument("--remove", metavar="IDENTITY", default=None, help="delete one step")
     remove.add_argument("--remove-unreferenced", action="store_true", help="delete steps that nothing refers to")
     steps.set_defaults(run=_steps)
+
+    infer = verbs.add_parser("infer", help="read recordings with a trained model: embeddings, hypnogram, a page")
+    infer.add_argument("recording", metavar="RECORDING", help="a WFDB record or EDF file, or a folder of them")
+    infer.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, an exported folder, or a .pt file")
+    infer.add_argument("--out", required=True, metavar="DIR", help="folder to write; run again, it goes on")
+    infer.add_argument("--channels", default=None, help="file of channels, derivations and stage names (montage.toml)")
+    infer.add_argument("--strict", action="store_true", help="fail if any recording cannot be used")
+    infer.add_argument("--address", default=None, help="a running Ray cluster, for folders (default: start one here)")
+    infer.set_defaults(run=_infer)
+
+    export = verbs.add_parser("export", help="write a run's model for others: safetensors, settings, model card")
+    export.add_argument("run_folder", metavar="RUN", help="a run's folder, or the checkpoint of a finetuning")
+    export.add_argument("out", metavar="DIR", help="folder to write")
+    export.add_argument(
+        "--onnx", action="store_true", help="write the encoder as ONNX too: pip install 'physioray[onnx]'"
+    )
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -223,6 +240,58 @@ def _steps(options: argparse.Namespace) -> int:
     if options.verify and not damaged:
         print("Every file is what it was when its step finished.")
     return 1 if damaged else 0
+
+
+def _infer(options: argparse.Namespace) -> int:
+    from physioray.data.montage import read_montage
+    from physioray.data.records import RejectedRecording
+    from physioray.data.selection import find_recordings, read_jumps
+    from physioray.infer import PAGE_FILE, describe_summary, infer_recording
+    from physioray.origins import open_model
+    from physioray.storage import open_location
+
+    place, out = open_location(options.recording), open_location(options.out)
+    source, entries = find_recordings(place)
+    model = open_model(open_location(options.checkpoint), say=lambda text: print(text, file=sys.stderr))
+    montage = read_montage(source, open_location(options.channels) if options.channels else None)
+    settings = replace(model.preprocessing, montage=montage)
+    if source.path != place.path:
+        jumps = read_jumps(source).get(entries[0].name, ())
+        try:
+            summary = infer_recording(source, entries[0], model, out, discontinuities=jumps, settings=settings)
+        except RejectedRecording as error:
+            raise ValueError(f"{entries[0].name} cannot be used. {error}") from error
+        print(describe_summary(summary))
+        print(f"The page: {out / PAGE_FILE}")
+        return 0
+
+    from physioray.infer_many import LEDGER_FILE, infer_many
+    from physioray.progress import ProgressLine
+
+    with ProgressLine("infer", "recordings") as line:
+        rows = infer_many(source, entries, model, out, settings=settings, address=options.address, progress=line.update)
+    rejected = [row for row in rows if not row.accepted]
+    told = "SIMULATED signals" if model.simulated else "recorded signals"
+    print(f"{len(rows) - len(rejected)} recordings read by a model trained on {told}, {len(rejected)} rejected.")
+    for row in rejected:
+        print(f"  {row.path}: {row.reason}")
+    print(f"A page per recording in {out}; the list: {out / LEDGER_FILE}")
+    return 1 if len(rejected) == len(rows) or (options.strict and rejected) else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from physioray.export import CARD_FILE, export_model
+    from physioray.storage import open_location
+
+    out = open_location(options.out)
+    model = export_model(
+        open_location(options.run_folder), out, onnx=options.onnx, say=lambda text: print(text, file=sys.stderr)
+    )
+    simulated = " (trained on SIMULATED signals)" if model.simulated else ""
+    heads = ", ".join(model.readouts) or "none"
+    print(f"{model.description['strategy']}{simulated}: {model.features} features, heads: {heads}.")
+    print(f"The model card: {out / CARD_FILE}. Open it: physioray.load({str(out)!r})")
+    return 0
 
 
 if __name__ == "__main__":

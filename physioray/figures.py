@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from physioray.signals import STAGES, WINDOW_SECONDS, find_task
+from physioray.signals import STAGES, UNKNOWN, WINDOW_SECONDS, find_task
 
 INK, PALE = "#1b2a33", "#8a969d"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#DCEBF5"
@@ -32,7 +32,7 @@ FEATURE_NAMES = {"pretrained": "pretrained", "untrained": "untrained encoder", "
 HYPNOGRAM_ORDER = ("W", "REM", "N1", "N2", "N3")
 """From top to bottom, as sleep laboratories draw it."""
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": ["sans-serif"],
     "font.size": 10,
     "svg.fonttype": "none",
@@ -54,14 +54,14 @@ _STYLE: Any = {
 @contextmanager
 def figure_style() -> Iterator[None]:
     """The look of all figures, for what is drawn in the body."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         yield
 
 
 def render_svg(figure: Figure, name: str) -> str:
     """A figure as an inline SVG element that scales with the page; the same figure gives the same text."""
     sink = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(sink, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = sink.getvalue()
     text = text[text.index("<svg") :]
@@ -74,7 +74,7 @@ def render_svg(figure: Figure, name: str) -> str:
 
 def plot_losses(name: str, passes: Sequence[int], train: Sequence[float], held_out: Sequence[float | None]) -> str:
     """Loss of one modality (or of all) by pass: training solid, validation dashed."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(passes, train, color=BLUE, marker="o", markersize=3, label="training")
@@ -96,7 +96,7 @@ def plot_probe_curve(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """
     found = find_task(task)
     curve = sorted((row for row in rows if row.get("features", "pretrained") == "pretrained"), key=lambda r: r["pass"])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
         if curve:
@@ -148,7 +148,7 @@ def plot_confusion(task: str, counts: Int[np.ndarray, "true predicted"], caption
     total = counts.sum(1, keepdims=True)
     shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
     size = 1.6 + 0.75 * len(found.classes)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size + 0.4, size), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -193,21 +193,29 @@ def plot_hypnogram(
         true, predicted: `(n,)` stages as numbers of `signals.STAGES`.
         runs: see `find_runs`.
     """
-    height = {STAGES.index(name): -place for place, name in enumerate(HYPNOGRAM_ORDER)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 3.9), layout="constrained")
         panels = figure.subplots(2, 1, sharex=True)
         for axes, stages, title in zip(panels, (true, predicted), ("True stages", "Predicted stages"), strict=True):
-            for run in runs:
-                hours = np.append(start[run], start[run][-1] + WINDOW_SECONDS) / 3600
-                levels = np.array([height[int(stage)] for stage in stages[run]], float)
-                axes.step(hours, np.append(levels, levels[-1]), where="post", color=INK, lw=1)
-                rem = np.where(np.asarray(stages[run]) == STAGES.index("REM"), levels, np.nan)
-                axes.step(hours, np.append(rem, rem[-1]), where="post", color=ORANGE, lw=3)
-            axes.set_yticks([-place for place in range(len(HYPNOGRAM_ORDER))], HYPNOGRAM_ORDER)
-            axes.set(title=title, ylim=(-len(HYPNOGRAM_ORDER) + 0.6, 0.4))
+            draw_stages(axes, start, stages, runs)
+            axes.set_title(title)
         panels[-1].set_xlabel("hours from the start of the recording")
         return render_svg(figure, "hypnogram")
+
+
+def draw_stages(
+    axes: Axes, start: Float[np.ndarray, " n"], stages: Int[np.ndarray, " n"], runs: Sequence[slice]
+) -> None:
+    """Draw stages by the hour, REM in orange; there is no line across the ends of runs or where a stage is -1."""
+    height = {STAGES.index(name): float(-place) for place, name in enumerate(HYPNOGRAM_ORDER)} | {UNKNOWN: np.nan}
+    for run in runs:
+        hours = np.append(start[run], start[run][-1] + WINDOW_SECONDS) / 3600
+        levels = np.array([height[int(stage)] for stage in stages[run]], float)
+        axes.step(hours, np.append(levels, levels[-1]), where="post", color=INK, lw=1)
+        rem = np.where(np.asarray(stages[run]) == STAGES.index("REM"), levels, np.nan)
+        axes.step(hours, np.append(rem, rem[-1]), where="post", color=ORANGE, lw=3)
+    axes.set_yticks([-place for place in range(len(HYPNOGRAM_ORDER))], HYPNOGRAM_ORDER)
+    axes.set_ylim(-len(HYPNOGRAM_ORDER) + 0.6, 0.4)
 
 
 def plot_reconstructions(
@@ -226,7 +234,7 @@ def plot_reconstructions(
         present: `(k,)` False where the window has no such signal.
     """
     examples = [number for number in range(len(target)) if present[number]]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 1.55 * max(1, len(examples)) + 0.5), layout="constrained")
         panels = figure.subplots(max(1, len(examples)), 1, sharex=True, squeeze=False)[:, 0]
         for axes, number in zip(panels, examples, strict=False):

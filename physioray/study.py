@@ -28,6 +28,7 @@ from physioray.evaluate import Evaluation, evaluate_probe
 from physioray.journal import Screen
 from physioray.models.fused import MaskedAutoencoder
 from physioray.objectives.masking import draw_visible
+from physioray.origins import complete_run
 from physioray.pretrain import (
     PretrainJob,
     choose_checkpoint,
@@ -140,7 +141,8 @@ def run_study(
 
     Returns:
         The run's folder, with results.jsonl, predictions.parquet, subject_scores.parquet, probe_curve.jsonl,
-        reconstructions.npz, verdict.json, card.json, config.json and training.jsonl.
+        reconstructions.npz, verdict.json, card.json, config.json, training.jsonl, and what its model needs elsewhere
+        (see `origins`).
     """
 
     probe = probe or ProbeConfig()
@@ -161,6 +163,7 @@ def run_study(
         evaluations = _probe_features(work, source)
         curve = _measure_curve(work, source, evaluations)
     _write_results(out, evaluations, curve)
+    complete_run(out, cohort=cohort, probe=probe, device=device, say=work.say)
     notes = list(dict.fromkeys(note for item in evaluations.values() for note in item.notes))
     (out / "notes.json").write_json(notes)
     (out / "verdict.json").write_json(_draw_verdict(evaluations, protocol, job, curve))

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -48,6 +49,9 @@ from physioray.storage import Location, hash_bytes, open_location
 
 _CRASH_RETRIES = 2
 _NAMED = 5
+
+Job = TypeVar("Job")
+Outcome = TypeVar("Outcome")
 
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -226,20 +230,20 @@ def _run_jobs(
     report(0)
     if not jobs:
         return
-    with _use_ray(address), closing(_run_tasks(jobs)) as outcomes:
+    with use_ray(address), closing(run_tasks(jobs, _convert_and_store)) as outcomes:
         for number, (job, outcome) in enumerate(outcomes, start=1):
             if isinstance(outcome, _DiskFull):
                 raise _explain_disk_full(cohort, outcome.path)
             if isinstance(outcome, Exception):
                 # The task could not write its own row.
-                outcome = reject(job.key, job.entry, "internal", f"internal error: {_first_line(outcome)}")
+                outcome = reject(job.key, job.entry, "internal", f"internal error: {name_error(outcome)}")
                 write_row(cohort, outcome)
             rows[job.key] = outcome
             report(number)
 
 
 @contextmanager
-def _use_ray(address: str | None) -> Iterator[None]:
+def use_ray(address: str | None) -> Iterator[None]:
     """Connect to the given cluster, or start one here; leave things as they were found."""
     if ray.is_initialized():
         yield
@@ -260,24 +264,29 @@ def _use_ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _run_tasks(jobs: Sequence[_Job]) -> Generator[tuple[_Job, LedgerRow | _DiskFull | Exception], None, None]:
-    """Outcomes in the order of finishing; a bounded number of tasks is in flight, and none outlives the iterator."""
+def run_tasks(
+    jobs: Sequence[Job], work: Callable[[Job], Outcome]
+) -> Generator[tuple[Job, Outcome | Exception], None, None]:
+    """Outcomes of `work` in the order of finishing, or the error that Ray reports.
+
+    A bounded number of tasks is in flight, and none outlives the iterator.
+    """
     # A task whose worker process dies is tried again by Ray; one that raises is not.
-    task = ray.remote(num_cpus=1, max_retries=_CRASH_RETRIES)(_convert_and_store)
+    task: Any = ray.remote(num_cpus=1, max_retries=_CRASH_RETRIES)(_call)
     waiting = deque(jobs)
-    running: dict[ray.ObjectRef, _Job] = {}
+    running: dict[ray.ObjectRef, Job] = {}
     try:
         while waiting or running:
             # Read anew each time: the cluster may grow.
             most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             while waiting and len(running) < most:
                 job = waiting.popleft()
-                running[task.remote(job)] = job
+                running[task.remote(work, job)] = job
             # The timeout lets ctrl-C through and takes up new nodes.
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
             for reference in ready:
                 job = running.pop(reference)
-                outcome: LedgerRow | _DiskFull | Exception
+                outcome: Outcome | Exception
                 try:
                     outcome = ray.get(reference)
                 except ray.exceptions.RayError as error:
@@ -288,6 +297,10 @@ def _run_tasks(jobs: Sequence[_Job]) -> Generator[tuple[_Job, LedgerRow | _DiskF
             ray.cancel(reference, force=True)
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=10.0)
+
+
+def _call(work: Callable[[Job], Outcome], job: Job) -> Outcome:
+    return work(job)
 
 
 def _convert_and_store(job: _Job) -> LedgerRow | _DiskFull:
@@ -316,7 +329,7 @@ def _convert(job: _Job, source: Location, cohort: Location) -> LedgerRow:
     except Exception as error:
         if is_disk_full(error):
             raise
-        return reject(job.key, job.entry, "internal", f"internal error: {_first_line(error)}")
+        return reject(job.key, job.entry, "internal", f"internal error: {name_error(error)}")
     return LedgerRow(
         key=job.key,
         recording=job.entry.name,
@@ -353,7 +366,7 @@ def _explain_disk_full(cohort: Location, path: str | None = None) -> IngestError
     )
 
 
-def _first_line(error: BaseException) -> str:
+def name_error(error: BaseException) -> str:
     """The cause of an error in one line, with the place in this package that raised it."""
     cause = getattr(error, "cause", None) or error
     frames = traceback.extract_tb(cause.__traceback__)
