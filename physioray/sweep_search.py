@@ -22,6 +22,10 @@ from physioray.sweep_journal import TrialRecord
 from physioray.sweep_plan import EPOCH, SweepPlan
 
 
+DRAWS = 20
+"""How often new settings are drawn when those drawn were tried before: in small spaces a search soon repeats itself."""
+
+
 def choose_parameters(plan: SweepPlan, number: int, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
     """The varied settings of a trial: they follow from the plan, its number and the trials before it, and nothing else.
 
@@ -32,7 +36,17 @@ def choose_parameters(plan: SweepPlan, number: int, earlier: Sequence[TrialRecor
     """
     if plan.sampler == "grid":
         return list_grid(plan.space)[number]
-    seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
+    tried = [dict(record.parameters) for record in earlier]
+    parameters: dict[str, Any] = {}
+    for draw in range(DRAWS):
+        seed = int(np.random.SeedSequence([plan.seed, number, draw]).generate_state(1)[0])
+        parameters = _ask(plan, seed, earlier)
+        if parameters not in tried:
+            break
+    return parameters
+
+
+def _ask(plan: SweepPlan, seed: int, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
     with _quiet_optuna():
         sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
         if plan.sampler == "tpe":
