@@ -21,7 +21,6 @@ from physioray.search_space import Choice, list_grid
 from physioray.sweep_journal import TrialRecord
 from physioray.sweep_plan import EPOCH, SweepPlan
 
-
 DRAWS = 20
 """How often new settings are drawn when those drawn were tried before: in small spaces a search soon repeats itself."""
 
