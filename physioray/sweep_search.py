@@ -37,35 +37,33 @@ def choose_parameters(plan: SweepPlan, number: int, earlier: Sequence[TrialRecor
         return list_grid(plan.space)[number]
     tried = [dict(record.parameters) for record in earlier]
     parameters: dict[str, Any] = {}
-    for draw in range(DRAWS):
-        seed = int(np.random.SeedSequence([plan.seed, number, draw]).generate_state(1)[0])
-        parameters = _ask(plan, seed, earlier)
-        if parameters not in tried:
-            break
+    with _quiet_optuna():
+        study = build_study(plan, earlier)
+        for draw in range(DRAWS):
+            seed = int(np.random.SeedSequence([plan.seed, number, draw]).generate_state(1)[0])
+            # Trials that still run count as bad ones, so that neighbours are not all tried at the same time. So do
+            # settings that were drawn here and refused: the next draw keeps away from them.
+            study.sampler = (
+                optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+                if plan.sampler == "tpe"
+                else optuna.samplers.RandomSampler(seed=seed)
+            )
+            drawn = study.ask(_list_distributions(plan)).params
+            parameters = {
+                name: distribution.values[drawn[name]] if isinstance(distribution, Choice) else drawn[name]
+                for name, distribution in plan.space.items()
+            }
+            if parameters not in tried:
+                break
     return parameters
 
 
-def _ask(plan: SweepPlan, seed: int, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
-    with _quiet_optuna():
-        sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
-        if plan.sampler == "tpe":
-            # Trials that still run count as bad ones, so that neighbours are not all tried at the same time.
-            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        trial = build_study(plan, earlier, sampler).ask(_list_distributions(plan))
-    return {
-        name: distribution.values[trial.params[name]] if isinstance(distribution, Choice) else trial.params[name]
-        for name, distribution in plan.space.items()
-    }
-
-
-def build_study(
-    plan: SweepPlan, records: Sequence[TrialRecord], sampler: optuna.samplers.BaseSampler | None = None
-) -> optuna.Study:
+def build_study(plan: SweepPlan, records: Sequence[TrialRecord]) -> optuna.Study:
     """The Optuna study of a sweep's trials, in memory: finished, stopped, failed and running ones by number."""
     directions = [
         StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE for objective in plan.objectives
     ]
-    study = optuna.create_study(directions=directions, sampler=sampler)
+    study = optuna.create_study(directions=directions)
     for record in sorted(records, key=lambda record: record.number):
         study.add_trial(_freeze(plan, record))
     return study

@@ -31,7 +31,7 @@ from tests.sweep_trials import sweep_by_hand
 
 PASSES = 9
 SEEDS = 5
-TRIALS = 100
+TRIALS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,8 @@ def test_halved_tpe_reaches_the_grids_best_within_a_percent_at_a_quarter_of_its_
         base=base,
         objectives=(Objective(metric="score"),),
         trials=TRIALS,
-        scheduler=AshaConfig(grace_passes=1, most_passes=PASSES, reduction=3),
+        # With a rung after the first pass (tried) the sampler is led to settings that only begin well.
+        scheduler=AshaConfig(grace_passes=3, most_passes=PASSES, reduction=3),
         simulated=True,
     )
     shares: dict[str, list[float]] = {"tpe": [], "random": []}
