@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -173,8 +173,11 @@ def _tune_storage(folder: Location, address: str | None) -> Iterator[str]:
             shutil.rmtree(place, ignore_errors=True)
         return
     shared = folder / "ray"
-    yield shared.path if shared.is_local else shared.uri
-    shared.delete()
+    try:
+        yield shared.path if shared.is_local else shared.uri
+    finally:
+        with suppress(OSError):
+            shared.delete()
 
 
 class _Room:

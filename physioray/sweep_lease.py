@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,8 @@ def own_sweep(folder: Location, *, lease: float = LEASE_SECONDS) -> Iterator[str
             f"{holder.get('host')}. Wait for it or end it, or name another folder."
         )
     token = uuid.uuid4().hex
-    with hold(place, token):
+    # A process that slept through its lease finds a new owner when it wakes, and must not beat over it.
+    with hold(place, token, partial(end_if_lost, folder, token)):
         yield token
 
 
@@ -182,4 +185,5 @@ def end_if_lost(folder: Location, token: str) -> None:
         # A bucket that does not answer is no proof; the next look will tell.
         return
     if lost:
+        print(f"physioray: {folder} is swept by another process now; this one ends.", file=sys.stderr, flush=True)
         os._exit(FENCED)

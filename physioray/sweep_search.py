@@ -21,6 +21,9 @@ from physioray.search_space import Choice, list_grid
 from physioray.sweep_journal import TrialRecord
 from physioray.sweep_plan import EPOCH, SweepPlan
 
+DRAWS = 20
+"""How often new settings are drawn when those drawn were tried before: in small spaces a search soon repeats itself."""
+
 
 def choose_parameters(plan: SweepPlan, number: int, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
     """The varied settings of a trial: they follow from the plan, its number and the trials before it, and nothing else.
@@ -32,27 +35,35 @@ def choose_parameters(plan: SweepPlan, number: int, earlier: Sequence[TrialRecor
     """
     if plan.sampler == "grid":
         return list_grid(plan.space)[number]
-    seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
+    tried = [dict(record.parameters) for record in earlier]
+    parameters: dict[str, Any] = {}
     with _quiet_optuna():
-        sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
-        if plan.sampler == "tpe":
-            # Trials that still run count as bad ones, so that neighbours are not all tried at the same time.
-            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        trial = build_study(plan, earlier, sampler).ask(_list_distributions(plan))
-    return {
-        name: distribution.values[trial.params[name]] if isinstance(distribution, Choice) else trial.params[name]
-        for name, distribution in plan.space.items()
-    }
+        study = build_study(plan, earlier)
+        for draw in range(DRAWS):
+            seed = int(np.random.SeedSequence([plan.seed, number, draw]).generate_state(1)[0])
+            # Trials that still run count as bad ones, so that neighbours are not all tried at the same time. So do
+            # settings that were drawn here and refused: the next draw keeps away from them.
+            study.sampler = (
+                optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+                if plan.sampler == "tpe"
+                else optuna.samplers.RandomSampler(seed=seed)
+            )
+            drawn = study.ask(_list_distributions(plan)).params
+            parameters = {
+                name: distribution.values[drawn[name]] if isinstance(distribution, Choice) else drawn[name]
+                for name, distribution in plan.space.items()
+            }
+            if parameters not in tried:
+                break
+    return parameters
 
 
-def build_study(
-    plan: SweepPlan, records: Sequence[TrialRecord], sampler: optuna.samplers.BaseSampler | None = None
-) -> optuna.Study:
+def build_study(plan: SweepPlan, records: Sequence[TrialRecord]) -> optuna.Study:
     """The Optuna study of a sweep's trials, in memory: finished, stopped, failed and running ones by number."""
     directions = [
         StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE for objective in plan.objectives
     ]
-    study = optuna.create_study(directions=directions, sampler=sampler)
+    study = optuna.create_study(directions=directions)
     for record in sorted(records, key=lambda record: record.number):
         study.add_trial(_freeze(plan, record))
     return study

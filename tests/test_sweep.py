@@ -70,9 +70,6 @@ def test_a_second_call_runs_nothing_and_a_foreign_folder_is_refused(tmp_path: Pa
 
 def die_once(trial: Trial) -> None:
     calls = len((trial.folder / "calls").list())
-    if trial.number == 1 and calls == 1:
-        (trial.folder / "calls" / "second").write_text("")
-        os.kill(os.getpid(), signal.SIGKILL)
     if trial.number == 2:
         (trial.folder / "calls" / str(calls)).write_text("")
         raise RuntimeError(f"no luck {calls}")
@@ -90,16 +87,16 @@ def die_once(trial: Trial) -> None:
 def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint_and_a_failing_one_stops_nobody(tmp_path: Path) -> None:
     from physioray.sweep import run_sweep
 
-    plan = make_plan("grid", trials=4, scheduler=None, max_failures=2)
-    result = run_sweep(plan, die_once, str(tmp_path), concurrent=2)
+    plan = make_plan("grid", trials=4, scheduler=None, max_failures=1)
+    result = run_sweep(plan, die_once, str(tmp_path / "swept"), concurrent=2)
     assert [trial.state for trial in result.trials] == ["finished", "finished", "failed", "finished"]
-    assert [reason[:16] for reason in result.trials[1].failures] == ["its process died"] * 2
-    assert result.trials[2].reason == "RuntimeError: no luck 2"
-    # Passes 1 and 2 before the first death, none before the second, 3 and 4 at last: none twice.
-    epochs = sorted(path.name.split("-")[0] for path in tmp_path.glob("trials/0001/run/passes/*"))
+    assert [reason[:16] for reason in result.trials[1].failures] == ["its process died"]
+    assert result.trials[2].reason == "RuntimeError: no luck 1"
+    # Passes 1 and 2 before the death, 3 and 4 after it: none twice.
+    epochs = sorted(path.name.split("-")[0] for path in tmp_path.glob("swept/trials/0001/run/passes/*"))
     assert epochs == ["1", "2", "3", "4"]
     calm = sweep_by_hand(make_plan("grid", trials=2, scheduler=None), fit_logistic, tmp_path / "calm")
-    assert strip(result)[1][:5] == strip(calm)[1]
+    assert strip(result)[1] == strip(calm)[1]
 
 
 def test_as_many_trials_as_fit_run_at_once_and_none_without_room(tmp_path: Path) -> None:
