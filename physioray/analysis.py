@@ -64,13 +64,20 @@ class AnalysisJob:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint's encoder, in evaluation mode, and the whole masked autoencoder if it is one."""
+    """A checkpoint's encoder, in evaluation mode, and the whole masked autoencoder if it is one.
+
+    Attributes:
+        strategy: how it was trained, `untrained` before the first step.
+        settings: of the model.
+        cohort_fingerprint, splits: what it was pretrained on, as far as the checkpoint says.
+    """
 
     encoder: Encoder
     autoencoder: MaskedAutoencoder | None
     strategy: str
     settings: ModelSettings
     cohort_fingerprint: str
+    splits: tuple[str, ...]
 
     @property
     def grid(self) -> TokenGrid:
@@ -138,7 +145,7 @@ def open_checkpoint(place: Location, device: torch.device | str = "cpu") -> Open
         own = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
         encoder.load_state_dict(own)
         title = f"{identity['trunk']['strategy']}, {identity['evaluation']} on {identity['task']}"
-        return OpenedCheckpoint(encoder.to(device).eval(), None, title, settings, fingerprint)
+        return OpenedCheckpoint(encoder.to(device).eval(), None, title, settings, fingerprint, ())
     model = load_model(place, device)
     settings = restore_settings(identity["model"])
     objective = restore_settings(identity["objective"])
@@ -146,7 +153,7 @@ def open_checkpoint(place: Location, device: torch.device | str = "cpu") -> Open
     whole = model if isinstance(model, MaskedAutoencoder) else None
     untrained = content["state"]["step"] == 0
     title = "untrained" if untrained else name_strategy(settings, objective)
-    return OpenedCheckpoint(model.encoder, whole, title, settings, fingerprint)
+    return OpenedCheckpoint(model.encoder, whole, title, settings, fingerprint, tuple(identity.get("splits", ())))
 
 
 def choose_windows(
@@ -282,7 +289,7 @@ def summarise(job: AnalysisJob, sums: AnalysisSums) -> Analysis:
         name=job.name,
         identity=identify(job),
         facts=facts,
-        notes=_list_notes(place, cohort, opened, config, counts, sums),
+        notes=_list_notes(cohort, opened, config, counts, sums),
         grid=opened.grid,
         layers=opened.layers,
         maps=sums.attention.average().astype(np.float32).astype(np.float64),
@@ -297,7 +304,6 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _list_notes(
-    place: Location,
     cohort: Cohort,
     opened: OpenedCheckpoint,
     config: AnalysisConfig,
@@ -311,12 +317,9 @@ def _list_notes(
         notes.append(f"Fewer windows than the {config.windows:,} asked for: the splits hold no more.")
     if opened.cohort_fingerprint and opened.cohort_fingerprint != cohort.fingerprint:
         notes.append("The checkpoint was trained on another cohort.")
-    run = place.uri.rsplit("/checkpoints/", 1)
-    settings = open_location(run[0]) / "config.json"
-    if len(run) == 2 and opened.strategy != "untrained" and settings.exists():
-        seen = [split for split in counts if split in settings.read_json().get("splits", ())]
-        if seen:
-            notes.append(f"Pretraining saw the signals of the {' and '.join(seen)} subjects (without labels).")
+    seen = [split for split in counts if split in opened.splits]
+    if seen and opened.strategy != "untrained":
+        notes.append(f"Pretraining saw the signals of the {' and '.join(seen)} subjects (without labels).")
     lacking = [name for name in opened.grid.names if not cohort.read_column(present_column(name)).any()]
     if lacking:
         notes.append(f"No window has {', '.join(lacking)}: those parts of the maps are empty.")

@@ -194,7 +194,7 @@ def measure_on_cluster(
     address: str | None = None,
     screen: Screen | None = None,
 ) -> AnalysisSums:
-    """Look into a checkpoint with N readers, each over its share of the windows; merged, their sums are those of one."""
+    """Look into a checkpoint with N readers, each with its share of the windows; merged, the sums are those of one."""
     job = replace(job, cohort=open_location(job.cohort).uri, checkpoint=open_location(job.checkpoint).uri)
     with join_cluster(address, cpus=workers):
         task: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_worker)(measure)
