@@ -320,6 +320,11 @@ def _list_notes(
     seen = [split for split in counts if split in opened.splits]
     if seen and opened.strategy != "untrained":
         notes.append(f"Pretraining saw the signals of the {' and '.join(seen)} subjects (without labels).")
+    if not isinstance(opened.encoder, FusedEncoder):
+        notes.append(
+            "One encoder per modality: attention never leaves a modality's block and every unit has one source, by "
+            "construction; their shares do not compare with those of a fused encoder."
+        )
     lacking = [name for name in opened.grid.names if not cohort.read_column(present_column(name)).any()]
     if lacking:
         notes.append(f"No window has {', '.join(lacking)}: those parts of the maps are empty.")

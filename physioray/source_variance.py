@@ -184,7 +184,7 @@ def _exchange(
             signals=signals | {name: part},
             present=present,
             labels={},
-            window_id=_repeat(context.window_id[row], count),
+            window_id=_repeat(int(context.window_id[row]), count),
         )
         states = observe(encoder, windows, attention=False).states
         collected.append(torch.stack(states).double().cpu().numpy())
