@@ -76,6 +76,13 @@ def _build_parser() -> argparse.ArgumentParser:
     info = verbs.add_parser("info", help="print a cohort's card")
     info.add_argument("cohort", metavar="COHORT")
     info.set_defaults(run=_info)
+
+    compare = verbs.add_parser("compare", help="compare runs with the first of them, on the same people")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of evaluated runs; the first is the reference")
+    compare.add_argument(
+        "--out", default=None, help="folder for a page, a figure and the numbers (default: print only)"
+    )
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -124,6 +131,18 @@ def _info(options: argparse.Namespace) -> int:
 
     print(describe_cohort(Cohort.open(options.cohort)))
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from physioray.run_comparison import compare_runs, describe_comparison, name_runs, open_run, write_comparison
+    from physioray.storage import open_location
+
+    names = name_runs(options.runs)
+    found = compare_runs([open_run(path, name) for path, name in zip(options.runs, names, strict=True)])
+    print(describe_comparison(found), end="")
+    if options.out is not None:
+        print(f"The page with figure and numbers: {write_comparison(found, open_location(options.out))}")
+    return 0 if found.differences else 1
 
 
 if __name__ == "__main__":
