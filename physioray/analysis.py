@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from physioray.pretrain import find_pretraining_windows, load_model
 from physioray.reconstruction_quality import ReconstructionSums
 from physioray.signals import Split, present_column
 from physioray.source_variance import SourceDraws, SourceVarianceSums, measure_source_variance
-from physioray.storage import Location, StorageError, hash_bytes, hash_value, is_committed, open_location
+from physioray.storage import Location, StorageError, dump_json, hash_bytes, hash_value, is_committed, open_location
 from physioray.strategies import (
     Encoder,
     ModelSettings,
@@ -288,7 +289,7 @@ def summarise(job: AnalysisJob, sums: AnalysisSums) -> Analysis:
     return Analysis(
         name=job.name,
         identity=identify(job),
-        facts=facts,
+        facts=json.loads(dump_json(facts)),  # the same whether measured now or read from a folder
         notes=_list_notes(cohort, opened, config, counts, sums),
         grid=opened.grid,
         layers=opened.layers,

@@ -70,7 +70,7 @@ def plot_rollout(analyses: Sequence[Analysis]) -> Figure:
     """Attention rollout of checkpoints side by side, on one scale (Fang et al. 2024, Figure 2 A to C)."""
     with figure_style():
         figure = Figure(figsize=(4.4 * len(analyses) + 0.6, 4.5), layout="constrained")
-        panels = figure.subplots(1, len(analyses), squeeze=False)[0]
+        panels = figure.subplots(1, len(analyses), squeeze=False)[0].tolist()
         for axes, analysis in zip(panels, analyses, strict=True):
             image = draw_map(axes, analysis.maps[-1], analysis.grid, title=analysis.name)
         panels[0].set_ylabel("output token of")

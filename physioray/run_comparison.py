@@ -53,11 +53,13 @@ class FinishedRun:
         name: what it is called beside the others.
         rows: its scores.
         predictions: see `results.prediction_schema`.
+        modalities: what its features are made of; empty if the run does not say.
     """
 
     name: str
     rows: Sequence[ScoreRow]
     predictions: pa.Table
+    modalities: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +93,7 @@ class Comparison:
         differences: other less first, by task and evaluation.
         refusals: pairs that do not compare, and why.
         notes: what a reader must know of the differences.
-        simulated: True if any run was scored on simulated nights.
+        simulated: True if the first run, and so every one that compares with it, was scored on simulated nights.
     """
 
     names: Sequence[str]
@@ -114,7 +116,9 @@ def open_run(path: str, name: str) -> FinishedRun:
     rows = read_results(folder / RESULTS_FILE)
     if not rows:
         raise StorageError(f"A run to compare must hold scores, but {folder / RESULTS_FILE} is empty.")
-    return FinishedRun(name, rows, read_predictions(folder / PREDICTIONS_FILE))
+    model = (folder / "config.json").read_json().get("model") if (folder / "config.json").exists() else None
+    sizes = model.get("model", model) if isinstance(model, dict) else {}  # late fusion holds a model within
+    return FinishedRun(name, rows, read_predictions(folder / PREDICTIONS_FILE), tuple(sizes.get("modalities", ())))
 
 
 def name_runs(paths: Sequence[str]) -> list[str]:
@@ -153,8 +157,8 @@ def compare_runs(runs: Sequence[FinishedRun], *, draws: int = 1000, seed: int = 
                 common += 1
                 try:
                     _check_folds(other, first, task, evaluation)
-                    tables, note = _share_windows(tables[0], tables[1], other.name, first.name)
-                    found = compare_paired(*tables, task, evaluation=evaluation, draws=draws, seed=seed)
+                    one, two, note = _share_windows(tables[0], tables[1], other.name, first.name)
+                    found = compare_paired(one, two, task, evaluation=evaluation, draws=draws, seed=seed)
                 except ComparisonError as error:
                     title = f"{find_task(task).title}, {evaluation.replace('_', ' ')}"
                     refusals.append(f"{title}: {other.name} cannot be compared with {first.name}: {error}")
@@ -174,8 +178,8 @@ def compare_runs(runs: Sequence[FinishedRun], *, draws: int = 1000, seed: int = 
             f"{len(differences)} intervals of 95 %: one in twenty excludes 0 by chance, so expect "
             f"{len(differences) / 20:.1f} such here."
         )
-    simulated = any(run.simulated for run in runs)
-    return Comparison([run.name for run in runs], differences, refusals, list(dict.fromkeys(notes)), simulated)
+    notes = list(dict.fromkeys(notes))
+    return Comparison([run.name for run in runs], differences, refusals, notes, first.simulated)
 
 
 def _check_folds(one: FinishedRun, other: FinishedRun, task: str, evaluation: str) -> None:
@@ -192,10 +196,10 @@ def _check_folds(one: FinishedRun, other: FinishedRun, task: str, evaluation: st
     if counts[0] != counts[1]:
         raise ComparisonError(f"their folds differ, heads were trained on {counts[0]} and {counts[1]} people.")
     floors = [run.select(task, evaluation, "band_powers") for run in (one, other)]
-    if all(len(table) for table in floors):
-        # Band powers do not depend on a run: under the same folds they predict the same.
-        keyed = [_key_windows(table) for table in floors]
-        _, here, there = np.intersect1d(*keyed, return_indices=True)
+    alike = bool(one.modalities) and sorted(one.modalities) == sorted(other.modalities)
+    if alike and all(len(table) for table in floors):
+        # Band powers depend on the modalities alone: under the same folds they predict the same.
+        _, here, there = np.intersect1d(_key_windows(floors[0]), _key_windows(floors[1]), return_indices=True)
         same = floors[0].column("predicted").to_numpy()[here] == floors[1].column("predicted").to_numpy()[there]
         if len(same) and same.mean() < SAME_FOLDS:
             raise ComparisonError(
@@ -208,7 +212,7 @@ def _key_windows(table: pa.Table) -> np.ndarray:
     return (table.column("seed").to_numpy().astype(np.int64) << 40) + table.column("window_id").to_numpy()
 
 
-def _share_windows(one: pa.Table, other: pa.Table, name: str, other_name: str) -> tuple[list[pa.Table], str]:
+def _share_windows(one: pa.Table, other: pa.Table, name: str, other_name: str) -> tuple[pa.Table, pa.Table, str]:
     """Both tables on the windows and seeds that both scored, and a sentence if that leaves any out.
 
     Raises:
@@ -217,7 +221,7 @@ def _share_windows(one: pa.Table, other: pa.Table, name: str, other_name: str) -
     keys = [_key_windows(table) for table in (one, other)]
     if any(len(np.unique(key)) < len(key) for key in keys):
         raise ComparisonError("a run holds several predictions of the same window. Evaluate it again.")
-    shared = np.intersect1d(*keys)
+    shared = np.intersect1d(keys[0], keys[1])
     if not set(pc.unique(one.column("seed")).to_pylist()) & set(pc.unique(other.column("seed")).to_pylist()):
         raise ComparisonError("they share no seed.")
     if 2 * len(shared) < max(len(key) for key in keys):
@@ -225,7 +229,7 @@ def _share_windows(one: pa.Table, other: pa.Table, name: str, other_name: str) -
     left = sum(len(key) - len(shared) for key in keys)
     kept = [table.filter(pa.array(np.isin(key, shared))) for table, key in zip((one, other), keys, strict=True)]
     note = f"{name} and {other_name} are compared on what both scored; {left:,} predictions of one alone are left out."
-    return kept, note if left else ""
+    return kept[0], kept[1], note if left else ""
 
 
 def judge(difference: PairedDifference) -> str:
