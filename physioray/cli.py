@@ -119,6 +119,13 @@ def _build_parser() -> argparse.ArgumentParser:
         "--onnx", action="store_true", help="write the encoder as ONNX too: pip install 'physioray[onnx]'"
     )
     export.set_defaults(run=_export)
+
+    compare = verbs.add_parser("compare", help="compare runs with the first of them, on the same people")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of evaluated runs; the first is the reference")
+    compare.add_argument(
+        "--out", default=None, help="folder for a page, a figure and the numbers (default: print only)"
+    )
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -292,6 +299,18 @@ def _export(options: argparse.Namespace) -> int:
     print(f"{model.description['strategy']}{simulated}: {model.features} features, heads: {heads}.")
     print(f"The model card: {out / CARD_FILE}. Open it: physioray.load({str(out)!r})")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from physioray.run_comparison import compare_runs, describe_comparison, name_runs, open_run, write_comparison
+    from physioray.storage import open_location
+
+    names = name_runs(options.runs)
+    found = compare_runs([open_run(path, name) for path, name in zip(options.runs, names, strict=True)])
+    print(describe_comparison(found), end="")
+    if options.out is not None:
+        print(f"The page with figure and numbers: {write_comparison(found, open_location(options.out))}")
+    return 0 if found.differences else 1
 
 
 if __name__ == "__main__":

@@ -16,18 +16,20 @@ from physioray.storage import hash_value
 Config = TypeVar("Config")
 
 
-def _assume(default: Any, sentence: str) -> Any:
+def assume(default: Any, sentence: str) -> Any:
     """A field with a default that the paper does not state."""
     return field(default=default, metadata={"assumption": sentence})
 
 
-def _require(condition: bool, rule: str, got: object) -> None:
+def require(condition: bool, rule: str, got: object) -> None:
+    """Refuse a value that breaks a rule, which the message states."""
     if not condition:
         raise ValueError(f"{rule}, but got {got!r}.")
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices, which the message lists."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,9 @@ class ArousalRule:
     unscored: Literal["negative", "drop"] = "negative"
 
     def __post_init__(self) -> None:
-        _require_choice("ArousalRule.kind", self.kind, ("fraction", "any"))
-        _require_choice("ArousalRule.unscored", self.unscored, ("negative", "drop"))
-        _require(0 < self.min_fraction <= 1, "ArousalRule.min_fraction must be in (0, 1]", self.min_fraction)
+        require_choice("ArousalRule.kind", self.kind, ("fraction", "any"))
+        require_choice("ArousalRule.unscored", self.unscored, ("negative", "drop"))
+        require(0 < self.min_fraction <= 1, "ArousalRule.min_fraction must be in (0, 1]", self.min_fraction)
 
 
 AROUSAL_RULES = {
@@ -62,15 +64,15 @@ AROUSAL_RULES = {
 class SplitConfig:
     """How subjects are divided (Fang et al. 2024, section 3.1, numbers 657/117/219)."""
 
-    test_fraction: float = _assume(0.22, "test subjects: 22 % of the labelled, rounded up")
-    validation_fraction: float = _assume(0.15, "validation subjects: 15 % of what remains, rounded up")
-    seed: int = _assume(42, "the split's seed")
-    subset_sizes: tuple[int, ...] = _assume((25, 50, 100, 250, 500), "training subsets are nested")
+    test_fraction: float = assume(0.22, "test subjects: 22 % of the labelled, rounded up")
+    validation_fraction: float = assume(0.15, "validation subjects: 15 % of what remains, rounded up")
+    seed: int = assume(42, "the split's seed")
+    subset_sizes: tuple[int, ...] = assume((25, 50, 100, 250, 500), "training subsets are nested")
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "validation_fraction"):
             value = getattr(self, name)
-            _require(0 < value < 1, f"SplitConfig.{name} must be in (0, 1)", value)
+            require(0 < value < 1, f"SplitConfig.{name} must be in (0, 1)", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +91,9 @@ class Montage:
     def __post_init__(self) -> None:
         for modality, channel, _ in self.choices:
             find_modality(modality)
-            _require(channel != "", f"Montage.choices must name a channel for {modality}", channel)
+            require(channel != "", f"Montage.choices must name a channel for {modality}", channel)
         for name, stage in self.stages:
-            _require_choice(f"Montage.stages: the meaning of {name!r}", stage, (*STAGES, "undefined"))
+            require_choice(f"Montage.stages: the meaning of {name!r}", stage, (*STAGES, "undefined"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,29 +114,29 @@ class IngestConfig:
     """
 
     modalities: tuple[str, ...] = PAPER_MODALITIES
-    decimate_antialias: bool = _assume(True, "an anti-alias low-pass at 0.45 x rate precedes decimation")
-    transition: float = _assume(0.1, "zero-phase Hamming FIR with a 0.1 Hz transition at the lower edge")
-    input_norm: Literal["recording_std", "recording_iqr"] = _assume(
+    decimate_antialias: bool = assume(True, "an anti-alias low-pass at 0.45 x rate precedes decimation")
+    transition: float = assume(0.1, "zero-phase Hamming FIR with a 0.1 Hz transition at the lower edge")
+    input_norm: Literal["recording_std", "recording_iqr"] = assume(
         "recording_std", "scale per recording and channel: standard deviation within 8 robust deviations"
     )
-    clip: float = _assume(8.0, "scaled signals are clipped at +-8")
-    arousal_rule: ArousalRule = _assume(ArousalRule(), "arousal: target arousal covers >= 75 % of the window")
+    clip: float = assume(8.0, "scaled signals are clipped at +-8")
+    arousal_rule: ArousalRule = assume(ArousalRule(), "arousal: target arousal covers >= 75 % of the window")
     age_threshold: float = 55.0
     splits: SplitConfig = SplitConfig()
     montage: Montage = Montage()
 
     def __post_init__(self) -> None:
-        _require(len(self.modalities) > 0, "IngestConfig.modalities must name at least one", self.modalities)
-        _require(
+        require(len(self.modalities) > 0, "IngestConfig.modalities must name at least one", self.modalities)
+        require(
             len(set(self.modalities)) == len(self.modalities),
             "IngestConfig.modalities must not repeat",
             self.modalities,
         )
         for name in self.modalities:
             find_modality(name)
-        _require_choice("IngestConfig.input_norm", self.input_norm, ("recording_std", "recording_iqr"))
-        _require(self.clip > 0, "IngestConfig.clip must be positive", self.clip)
-        _require(self.transition > 0, "IngestConfig.transition must be positive", self.transition)
+        require_choice("IngestConfig.input_norm", self.input_norm, ("recording_std", "recording_iqr"))
+        require(self.clip > 0, "IngestConfig.clip must be positive", self.clip)
+        require(self.transition > 0, "IngestConfig.transition must be positive", self.transition)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,23 +148,23 @@ class ModelConfig:
     layers: int = 8
     heads: int = 8
     dropout: float = 0.1
-    mlp_ratio: int = _assume(4, "MLP width is 4 x the model's, GELU")
+    mlp_ratio: int = assume(4, "MLP width is 4 x the model's, GELU")
     tokenizer_channels: int = 64
     tokenizer_kernel: int = 21
-    tokenizer_pool: int = _assume(4, "tokenizer: stride 1, padding 10, GELU, max pool over 4 samples")
+    tokenizer_pool: int = assume(4, "tokenizer: stride 1, padding 10, GELU, max pool over 4 samples")
     decoder_layers: int = 1
-    decoder_residual: bool = _assume(True, "a residual path around the decoder's cross-attention")
-    mask_token: Literal["per_decoder", "shared"] = _assume("per_decoder", "each decoder has its own mask token")
+    decoder_residual: bool = assume(True, "a residual path around the decoder's cross-attention")
+    mask_token: Literal["per_decoder", "shared"] = assume("per_decoder", "each decoder has its own mask token")
 
     def __post_init__(self) -> None:
-        _require(len(self.modalities) > 0, "ModelConfig.modalities must name at least one", self.modalities)
+        require(len(self.modalities) > 0, "ModelConfig.modalities must name at least one", self.modalities)
         for name in self.modalities:
             find_modality(name)
-        _require(self.width % self.heads == 0, "ModelConfig.width must be a multiple of heads", self.width)
-        _require(self.width % 2 == 0, "ModelConfig.width must be even (sine and cosine positions)", self.width)
-        _require(0 <= self.dropout < 1, "ModelConfig.dropout must be in [0, 1)", self.dropout)
-        _require(self.tokenizer_kernel % 2 == 1, "ModelConfig.tokenizer_kernel must be odd", self.tokenizer_kernel)
-        _require_choice("ModelConfig.mask_token", self.mask_token, ("per_decoder", "shared"))
+        require(self.width % self.heads == 0, "ModelConfig.width must be a multiple of heads", self.width)
+        require(self.width % 2 == 0, "ModelConfig.width must be even (sine and cosine positions)", self.width)
+        require(0 <= self.dropout < 1, "ModelConfig.dropout must be in [0, 1)", self.dropout)
+        require(self.tokenizer_kernel % 2 == 1, "ModelConfig.tokenizer_kernel must be odd", self.tokenizer_kernel)
+        require_choice("ModelConfig.mask_token", self.mask_token, ("per_decoder", "shared"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +189,16 @@ class MaskConfig:
     concentration: float = 1.0
     drop: bool = True
     drop_probability: float = 1.0
-    drop_scope: Literal["batch", "rank", "sample"] = _assume(
+    drop_scope: Literal["batch", "rank", "sample"] = assume(
         "batch", "the dropped modality is drawn once per step for all workers"
     )
 
     def __post_init__(self) -> None:
-        _require(0 < self.hidden_ratio < 1, "MaskConfig.hidden_ratio must be in (0, 1)", self.hidden_ratio)
-        _require(
-            0 <= self.drop_probability <= 1, "MaskConfig.drop_probability must be in [0, 1]", self.drop_probability
-        )
-        _require_choice("MaskConfig.sampler", self.sampler, ("uniform", "dirichlet", "subset"))
-        _require(self.concentration > 0, "MaskConfig.concentration must be positive", self.concentration)
-        _require_choice("MaskConfig.drop_scope", self.drop_scope, ("batch", "rank", "sample"))
+        require(0 < self.hidden_ratio < 1, "MaskConfig.hidden_ratio must be in (0, 1)", self.hidden_ratio)
+        require(0 <= self.drop_probability <= 1, "MaskConfig.drop_probability must be in [0, 1]", self.drop_probability)
+        require_choice("MaskConfig.sampler", self.sampler, ("uniform", "dirichlet", "subset"))
+        require(self.concentration > 0, "MaskConfig.concentration must be positive", self.concentration)
+        require_choice("MaskConfig.drop_scope", self.drop_scope, ("batch", "rank", "sample"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +206,13 @@ class ReconstructionConfig:
     """The masked reconstruction loss (Fang et al. 2024, section 3.3)."""
 
     mask: MaskConfig = MaskConfig()
-    weighting: Literal["modality", "token"] = _assume(
+    weighting: Literal["modality", "token"] = assume(
         "modality", "loss: mean over hidden tokens of a modality, then mean over modalities"
     )
-    normalise_target: bool = _assume(False, "targets are the scaled samples, not normalised per chunk")
+    normalise_target: bool = assume(False, "targets are the scaled samples, not normalised per chunk")
 
     def __post_init__(self) -> None:
-        _require_choice("ReconstructionConfig.weighting", self.weighting, ("modality", "token"))
+        require_choice("ReconstructionConfig.weighting", self.weighting, ("modality", "token"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,25 +228,25 @@ class LateFusionConfig:
     """
 
     model: ModelConfig = ModelConfig()
-    layers_per_modality: Literal["same", "parity"] | int = _assume(
+    layers_per_modality: Literal["same", "parity"] | int = assume(
         "same", "late fusion: each modality has its own encoder, with as many layers as the fused one"
     )
-    projection_activation: Literal["relu", "gelu"] = _assume("relu", "ReLU inside the two-layer projection")
+    projection_activation: Literal["relu", "gelu"] = assume("relu", "ReLU inside the two-layer projection")
     learned_temperature: bool = False
-    log_scale_limits: tuple[float, float] = _assume(
+    log_scale_limits: tuple[float, float] = assume(
         (0.0, 4.6), "learned temperature: exp(t) starts at 1 and stays within 1 and 100"
     )
 
     def __post_init__(self) -> None:
         layers, (low, high) = self.layers_per_modality, self.log_scale_limits
-        _require(
+        require(
             layers in ("same", "parity") or (isinstance(layers, int) and layers >= 1),
             "LateFusionConfig.layers_per_modality must be same, parity or a number of at least 1",
             layers,
         )
-        _require_choice("LateFusionConfig.projection_activation", self.projection_activation, ("relu", "gelu"))
-        _require(self.model.width % 4 == 0, "LateFusionConfig.model.width must be a multiple of 4", self.model.width)
-        _require(low <= high, "LateFusionConfig.log_scale_limits must be in ascending order", self.log_scale_limits)
+        require_choice("LateFusionConfig.projection_activation", self.projection_activation, ("relu", "gelu"))
+        require(self.model.width % 4 == 0, "LateFusionConfig.model.width must be a multiple of 4", self.model.width)
+        require(low <= high, "LateFusionConfig.log_scale_limits must be in ascending order", self.log_scale_limits)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -268,12 +268,12 @@ class LateFusionConfig:
 class AugmentConfig:
     """How a window is disturbed before it is compared (after Raghu et al. 2022, as others re-implemented it)."""
 
-    noise: float = _assume(0.25, "augmentation: Gaussian noise of 0.25 x the window's standard deviation")
-    block: float = _assume(0.25, "augmentation: one stretch of 25 % of the window is zeroed, per modality")
+    noise: float = assume(0.25, "augmentation: Gaussian noise of 0.25 x the window's standard deviation")
+    block: float = assume(0.25, "augmentation: one stretch of 25 % of the window is zeroed, per modality")
 
     def __post_init__(self) -> None:
-        _require(self.noise >= 0, "AugmentConfig.noise must not be negative", self.noise)
-        _require(0 <= self.block < 1, "AugmentConfig.block must be in [0, 1)", self.block)
+        require(self.noise >= 0, "AugmentConfig.noise must not be negative", self.noise)
+        require(0 <= self.block < 1, "AugmentConfig.block must be in [0, 1)", self.block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,12 +289,12 @@ class ContrastiveConfig:
     """
 
     method: Literal["simclr", "pairwise", "leave_one_out"] = "leave_one_out"
-    temperature: float = _assume(0.1, "logits are cosine similarities divided by 0.1")
+    temperature: float = assume(0.1, "logits are cosine similarities divided by 0.1")
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
-        _require_choice("ContrastiveConfig.method", self.method, ("simclr", "pairwise", "leave_one_out"))
-        _require(self.temperature > 0, "ContrastiveConfig.temperature must be positive", self.temperature)
+        require_choice("ContrastiveConfig.method", self.method, ("simclr", "pairwise", "leave_one_out"))
+        require(self.temperature > 0, "ContrastiveConfig.temperature must be positive", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,13 +302,13 @@ class TrainConfig:
     """The training loop (Fang et al. 2024, section 3.5)."""
 
     passes: int = 2000
-    batch_size: int = _assume(1024, "global batch size")
+    batch_size: int = assume(1024, "global batch size")
     learning_rate: float = 1e-4
     warmup_passes: float = 10.0
-    final_learning_rate: float = _assume(0.0, "the cosine ends at 0")
-    betas: tuple[float, float] = _assume((0.9, 0.95), "AdamW betas")
-    weight_decay: float = _assume(0.05, "AdamW weight decay, none on biases, norms and learned vectors")
-    clip_norm: float = _assume(1.0, "gradients are clipped at norm 1")
+    final_learning_rate: float = assume(0.0, "the cosine ends at 0")
+    betas: tuple[float, float] = assume((0.9, 0.95), "AdamW betas")
+    weight_decay: float = assume(0.05, "AdamW weight decay, none on biases, norms and learned vectors")
+    clip_norm: float = assume(1.0, "gradients are clipped at norm 1")
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     seed: int = 0
     checkpoint_minutes: float = 15.0
@@ -316,12 +316,12 @@ class TrainConfig:
     select: Literal["best", "last"] = "last"
 
     def __post_init__(self) -> None:
-        _require(self.passes >= 1, "TrainConfig.passes must be at least 1", self.passes)
-        _require(self.batch_size >= 1, "TrainConfig.batch_size must be at least 1", self.batch_size)
-        _require(self.learning_rate > 0, "TrainConfig.learning_rate must be positive", self.learning_rate)
-        _require(self.warmup_passes >= 0, "TrainConfig.warmup_passes must not be negative", self.warmup_passes)
-        _require_choice("TrainConfig.precision", self.precision, ("fp32", "bf16", "fp16"))
-        _require_choice("TrainConfig.select", self.select, ("best", "last"))
+        require(self.passes >= 1, "TrainConfig.passes must be at least 1", self.passes)
+        require(self.batch_size >= 1, "TrainConfig.batch_size must be at least 1", self.batch_size)
+        require(self.learning_rate > 0, "TrainConfig.learning_rate must be positive", self.learning_rate)
+        require(self.warmup_passes >= 0, "TrainConfig.warmup_passes must not be negative", self.warmup_passes)
+        require_choice("TrainConfig.precision", self.precision, ("fp32", "bf16", "fp16"))
+        require_choice("TrainConfig.select", self.select, ("best", "last"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,15 +330,15 @@ class ProbeConfig:
 
     tasks: tuple[str, ...] = ("sleep", "age", "arousal")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    penalties: tuple[float, ...] = _assume(
+    penalties: tuple[float, ...] = assume(
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "converged probe: L2 strength C chosen on validation"
     )
-    class_weights: bool = _assume(True, "class weights n / (classes x count) from the training subset")
+    class_weights: bool = assume(True, "class weights n / (classes x count) from the training subset")
     recipe_passes: int = 200
-    recipe_min_steps: int = _assume(5000, "the paper's 200 passes, but at least 5,000 steps")
-    recipe_batch_size: int = _assume(512, "probe batch size")
+    recipe_min_steps: int = assume(5000, "the paper's 200 passes, but at least 5,000 steps")
+    recipe_batch_size: int = assume(512, "probe batch size")
     recipe_learning_rate: float = 1e-4
-    recipe_weight_decay: float = _assume(0.01, "probe weight decay")
+    recipe_weight_decay: float = assume(0.01, "probe weight decay")
     folds: int = 5
     cross_validate_below: int = 100
     bootstrap_draws: int = 500

@@ -18,6 +18,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
+from physioray.analysis import AnalysisJob, AnalysisSums, measure, merge_sums
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
 from physioray.grid import Grid
@@ -193,6 +194,30 @@ def pretrain_on_cluster(
                 _raise_cause(error)
                 raise
     return _read_result(job)
+
+
+def measure_on_cluster(
+    job: AnalysisJob,
+    workers: int,
+    *,
+    gpus_per_worker: int = 0,
+    address: str | None = None,
+    screen: Screen | None = None,
+) -> AnalysisSums:
+    """Look into a checkpoint with N readers, each with its share of the windows; merged, the sums are those of one."""
+    job = replace(job, cohort=open_location(job.cohort).uri, checkpoint=open_location(job.checkpoint).uri)
+    with join_cluster(address, cpus=workers):
+        task: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_worker)(measure)
+        place = {"world_size": workers, "device": "cuda" if gpus_per_worker else "cpu"}
+        parts = []
+        for reference in [task.remote(job, rank=rank, **place) for rank in range(workers)]:
+            try:
+                parts.append(ray.get(reference))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            if screen is not None:
+                screen.update(len(parts), workers, f"{job.name}: shares measured")
+    return merge_sums(parts)
 
 
 def _raise_cause(error: WorkerGroupError) -> None:

@@ -238,19 +238,20 @@ def plot_reconstructions(
         figure = Figure(figsize=(9.4, 1.55 * max(1, len(examples)) + 0.5), layout="constrained")
         panels = figure.subplots(max(1, len(examples)), 1, sharex=True, squeeze=False)[:, 0]
         for axes, number in zip(panels, examples, strict=False):
-            _draw_reconstruction(axes, target[number], output[number], visible[number])
+            draw_reconstruction(axes, target[number], output[number], visible[number])
             axes.set_ylabel(f"window {number + 1}", color=INK)
         panels[0].set_title(name)
         panels[-1].set_xlabel("seconds")
         return render_svg(figure, _slug(f"reconstruction-{name}"))
 
 
-def _draw_reconstruction(
+def draw_reconstruction(
     axes: Axes,
     target: Float[np.ndarray, " samples"],
     output: Float[np.ndarray, " samples"],
     visible: Bool[np.ndarray, " tokens"],
 ) -> None:
+    """One window: what the model saw shaded, the signal grey, what was filled in orange."""
     seconds = np.arange(len(target)) * (WINDOW_SECONDS / len(target))
     width = WINDOW_SECONDS / len(visible)
     for token in np.flatnonzero(visible):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from physioray.config import ModelConfig
 from physioray.models.heads import ReconstructionDecoder, fill_queries
 from physioray.models.tokenizer import ChunkTokenizer, make_positions
-from physioray.models.transformer import Block, initialise, make_vector
+from physioray.models.transformer import Block, Sink, initialise, make_vector
 from physioray.signals import find_modality
 
 
@@ -123,14 +123,16 @@ class FusedEncoder(nn.Module):
         self,
         signals: Mapping[str, Float[Tensor, "b _"]],
         visible: Mapping[str, Bool[Tensor, "b _"]],
-        weights: list[Float[Tensor, "b heads v v"]] | None = None,
+        weights: Sink | None = None,
+        states: Sink | None = None,
     ) -> Encoded:
         """Encode the visible tokens.
 
         Args:
             signals: `(B, samples)` per modality; more modalities than the model's are ignored.
             visible: `(B, tokens)` per modality of the model, on the CPU.
-            weights: a list that receives each layer's attention weights `(B, heads, V, V)`.
+            weights: a list or other sink that receives each layer's attention weights `(B, heads, V, V)`.
+            states: the same for the tokens `(B, V, width)` before the first layer and after each, not normed.
 
         Raises:
             ValueError: a window has no visible token.
@@ -143,8 +145,12 @@ class FusedEncoder(nn.Module):
         together = torch.cat(parts)
         packed = together.new_zeros(any_signal.shape[0] * layout.width, self.config.width)
         tokens = packed.index_copy(0, slots, together).view(any_signal.shape[0], layout.width, -1)
+        if states is not None:
+            states.append(tokens)
         for block in self.blocks:
             tokens = block(tokens, layout.real, weights)
+            if states is not None:
+                states.append(tokens)
         return Encoded(tokens=self.norm(tokens), layout=layout)
 
     def _tokenize(self, name: str, signal: Float[Tensor, "b samples"], layout: Layout) -> Float[Tensor, "k width"]:

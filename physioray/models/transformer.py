@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes tensors one by one, as a list does; what looks on may keep less than all of each."""
+
+    def append(self, value: Tensor, /) -> None:
+        """Take one tensor."""
+        ...
 
 
 class Attention(nn.Module):
@@ -31,14 +41,15 @@ class Attention(nn.Module):
         queries: Float[Tensor, "b q width"],
         context: Float[Tensor, "b k width"],
         real: Bool[Tensor, "b k"] | None = None,
-        weights: list[Float[Tensor, "b heads q k"]] | None = None,
+        weights: Sink | None = None,
     ) -> Float[Tensor, "b q width"]:
         """Attend.
 
         Args:
             queries, context: tokens; the same tensor for self-attention.
             real: False where the context is padding; None if nothing is.
-            weights: a list that receives the attention weights; None keeps the fused, faster path.
+            weights: a list or other sink that receives the attention weights `(B, heads, Q, K)`; None keeps the
+                fused, faster path.
         """
         query = self._split(self.query(queries))
         key, value = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
@@ -82,7 +93,7 @@ class Block(nn.Module):
         self,
         tokens: Float[Tensor, "b n width"],
         real: Bool[Tensor, "b n"] | None = None,
-        weights: list[Float[Tensor, "b heads n n"]] | None = None,
+        weights: Sink | None = None,
     ) -> Float[Tensor, "b n width"]:
         """One layer; `real` and `weights` as in Attention."""
         normed = self.attention_norm(tokens)
