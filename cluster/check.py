@@ -42,7 +42,7 @@ def check_file(path: str | Path, *, root: str | Path = ".") -> list[str]:
     if not isinstance(config, dict):
         return [f"The file must hold settings by name, but holds {type(config).__name__}."]
     problems = [f"{place} must be filled in, but is {value!r}." for value, place in find_placeholders(config).items()]
-    problems += [f"No secret may stand in a cluster file, but {place} looks like one." for place in find_secrets(config)]
+    problems += [f"No secret may stand here, but {place} looks like one." for place in find_secrets(config)]
     if config.get("kind") in KUBERAY_KINDS:
         return problems + check_kuberay(config)
     problems += check_ray_rules(config)
@@ -206,8 +206,9 @@ def check_kuberay(config: dict[str, Any]) -> list[str]:
         if not containers:
             problems.append(f"{name} must have a container.")
         for container in containers:
-            if not container.get("image", "").endswith(f":{pinned}"):
-                problems.append(f"{name}: the image's tag must be the pinned {pinned}, but is {container.get('image')!r}.")
+            image = container.get("image", "")
+            if not image.endswith(f":{pinned}"):
+                problems.append(f"{name}: the image's tag must be the pinned {pinned}, but is {image!r}.")
             if set(container.get("resources", {})) != {"requests", "limits"}:
                 problems.append(f"{name}: resources must give requests and limits.")
         if group.get("minReplicas", 0) > group.get("maxReplicas", 0):

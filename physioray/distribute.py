@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +18,9 @@ import ray
 import ray.exceptions
 import ray.train
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
@@ -36,6 +40,8 @@ class Resources:
         cpus_per_worker: CPUs withheld from reading.
         reading_cpus: CPUs that Ray Data needs at the least, over all workers.
         retries: how often a failed worker group is started again from the last checkpoint.
+        spread: one worker a machine as far as there are machines, instead of as near together as possible.
+        patience: minutes that a cluster which was joined is given to grow to what is asked.
     """
 
     workers: int = 1
@@ -43,6 +49,8 @@ class Resources:
     cpus_per_worker: int = 1
     reading_cpus: int = 2
     retries: int = 2
+    spread: bool = False
+    patience: float = 20.0
 
 
 class _Board:
@@ -116,7 +124,8 @@ def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]
     """Join a running Ray cluster, or start one on this machine and stop it afterwards.
 
     Args:
-        address: of a running cluster, `auto` for the one this machine belongs to; None starts one here.
+        address: of a running cluster, `auto` for the one this machine belongs to; None takes the one that the
+            environment names in RAY_ADDRESS (a submitted job's is its cluster), else starts one here.
         cpus: logical CPUs that a cluster started here has at the least. Reading costs little beside training,
             so on two cores three or four logical CPUs only let Ray Data run beside the workers.
     """
@@ -127,6 +136,7 @@ def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]
     # A local cluster makes its own token and listens on this machine only; its advice on that is no news to a user.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
@@ -153,7 +163,10 @@ def pretrain_on_cluster(
         ValueError: the cluster has no CPU left for reading beside the workers.
     """
     needed = resources.workers * resources.cpus_per_worker + resources.reading_cpus
+    joined = address is not None or "RAY_ADDRESS" in os.environ
     with join_cluster(address, cpus=needed):
+        if joined:
+            _await_resources(resources, screen)
         _check_resources(resources)
         out = open_location(job.out)
         # Workers have working folders of their own, so a relative path must not reach them.
@@ -165,10 +178,12 @@ def pretrain_on_cluster(
             trainer = TorchTrainer(
                 _train_worker,
                 train_loop_config={"job": job, "board": board},
+                torch_config=_NodeTorchConfig(),
                 scaling_config=ScalingConfig(
                     num_workers=resources.workers,
                     use_gpu=resources.gpus_per_worker > 0,
                     resources_per_worker={name: count for name, count in per_worker.items() if count},
+                    placement_strategy="SPREAD" if resources.spread else "PACK",
                 ),
                 run_config=RunConfig(
                     name="train", storage_path=storage, failure_config=FailureConfig(max_failures=resources.retries)
@@ -183,6 +198,46 @@ def pretrain_on_cluster(
                 _raise_cause(error)
                 raise
     return _read_result(job)
+
+
+class _NodeBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Lets the workers talk through the address by which the cluster knows their node."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _NodeTorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_NodeBackend]:
+        return _NodeBackend
+
+
+def _name_interface() -> None:
+    # PyTorch's gloo listens at the address of the machine's own name. Debian writes that down as the loopback, where
+    # workers on other machines look in vain.
+    name = find_interface(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def find_interface(address: str) -> str | None:
+    """Name of the network interface that has an IPv4 address, for example `eth0`; None if none has it."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                reply = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(reply[20:24]) == address:
+                return name
+    return None
 
 
 def _raise_cause(error: WorkerGroupError) -> None:
@@ -205,6 +260,29 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def _read_result(job: PretrainJob) -> TrainResult:
     content = load_checkpoint(open_location(job.out) / "checkpoints" / "last.pt")
     return TrainResult(history=restore_state(content).history)
+
+
+def _await_resources(resources: Resources, screen: Screen | None) -> None:
+    """Ask a cluster that can grow for what is missing, say so, and wait; one that cannot is waited for in vain."""
+    try:
+        _check_resources(resources)
+        return
+    except ValueError as error:
+        if screen is not None:
+            screen.say(f"{error} Asking for more, and waiting up to {resources.patience:g} minutes.")
+    wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    worker = {name: count for name, count in wanted.items() if count}
+    request_resources(bundles=[worker] * resources.workers + [{"CPU": 1}] * max(1, resources.reading_cpus))
+    end = time.monotonic() + 60 * resources.patience
+    try:
+        while time.monotonic() < end:
+            try:
+                return _check_resources(resources)
+            except ValueError:
+                time.sleep(1)
+    finally:
+        # From here on the run itself holds what it needs; a standing request would keep machines for ever.
+        request_resources(bundles=[])
 
 
 def _check_resources(resources: Resources) -> None:

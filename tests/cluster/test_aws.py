@@ -121,5 +121,3 @@ def test_a_launch_that_fails_half_way_leaves_a_machine_that_ray_down_ends(found:
     assert found["half"]["code"] != 0
     assert [name_type(machine) for machine in found["after_half"]] == ["head"]
     assert found["half_down"]["code"] == 0 and found["after_half_down"] == []
-
-

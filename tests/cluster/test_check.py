@@ -42,7 +42,9 @@ def test_a_file_as_published_fails_for_its_placeholders_and_nothing_else(name: s
 def test_filled_in_files_have_nothing_to_mend(tmp_path: Path) -> None:
     assert check(fill_aws(), tmp_path) == []
     assert check(fill_local("10.0.0.1", ["10.0.0.2"]), tmp_path) == []
-    text = (CLUSTER / "kuberay.yaml").read_text().replace("REPLACE-BUCKET", "nights").replace("REPLACE-REGISTRY", "here")
+    text = (
+        (CLUSTER / "kuberay.yaml").read_text().replace("REPLACE-BUCKET", "nights").replace("REPLACE-REGISTRY", "here")
+    )
     assert check(yaml.safe_load(text), tmp_path) == []
 
 
@@ -60,8 +62,8 @@ def forget_token(config: dict[str, Any]) -> None:
 
 WRONG: list[tuple[str, Change]] = [
     ("ImageId must be a pinned image", lambda c: machine(c).update(ImageId="latest_dlami")),
-    ("Unknown parameter in input: \"InstanceTypo\"", lambda c: machine(c).update(InstanceTypo="x")),
-    ("VolumeTyp\"", lambda c: machine(c)["BlockDeviceMappings"][0]["Ebs"].update(VolumeTyp="gp3")),
+    ('Unknown parameter in input: "InstanceTypo"', lambda c: machine(c).update(InstanceTypo="x")),
+    ('VolumeTyp"', lambda c: machine(c)["BlockDeviceMappings"][0]["Ebs"].update(VolumeTyp="gp3")),
     ("Invalid type for parameter", lambda c: machine(c)["BlockDeviceMappings"][0]["Ebs"].update(VolumeSize="300")),
     ("a disk's Encrypted must be True", lambda c: machine(c)["BlockDeviceMappings"][0]["Ebs"].pop("Encrypted")),
     ("(IMDSv2)", lambda c: machine(c).pop("MetadataOptions")),
