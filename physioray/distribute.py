@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
+import ray.util.metrics
 import torch
 from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
@@ -27,6 +28,7 @@ from physioray.data.stream import StreamSource
 from physioray.journal import Screen
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.storage import open_location
+from physioray.telemetry import RunTelemetry
 from physioray.train import TrainResult
 
 
@@ -252,7 +254,11 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     """What every worker runs: the same function as in one process, with batches from Ray Data."""
     job: PretrainJob = arguments["job"]
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
-    result = pretrain(job, make_source=StreamSource, device=device, screen=_BoardScreen(arguments["board"]))
+    telemetry = RunTelemetry(
+        ray.util.metrics, open_location(job.out).name, passes=job.train.passes, batch_size=job.train.batch_size
+    )
+    screen = _BoardScreen(arguments["board"])
+    result = pretrain(job, make_source=StreamSource, device=device, screen=screen, watcher=telemetry)
     last = result.history[-1]
     ray.train.report({"pass": last["pass"], "loss": last["loss"], "validation_loss": last["validation_loss"] or 0.0})
 

@@ -40,7 +40,7 @@ from physioray.strategies import (
     name_strategy,
     restore_settings,
 )
-from physioray.train import TrainResult, WorkerGroup, to_tensors, train
+from physioray.train import Reporter, TrainResult, WorkerGroup, to_tensors, train
 
 MakeSource = Callable[..., BatchSource]
 """Makes this worker's batches: `GatherSource` or `StreamSource`, called with the same arguments."""
@@ -139,8 +139,12 @@ def pretrain(
     group: WorkerGroup | None = None,
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
+    watcher: Reporter | None = None,
 ) -> TrainResult:
-    """Run a job in this process, as one of the workers of `group`, or take it up where it stopped."""
+    """Run a job in this process, as one of the workers of `group`, or take it up where it stopped.
+
+    Whoever else wants to know how it goes is told as `watcher`.
+    """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     group = group or WorkerGroup()
@@ -161,7 +165,7 @@ def pretrain(
     validation = None if "validation" in job.splits else _make_validation(cohort, names, make_source, shared)
     if validation is None and screen is not None and group.rank == 0:
         screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
-    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen)
+    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen, watcher)
     # The settings of a finished or begun run are not overwritten by a run that will be refused.
     if group.rank == 0 and not (out / "checkpoints" / "last.pt").exists():
         facts = {"cohort_fingerprint": cohort.fingerprint}
