@@ -30,7 +30,6 @@ from physioray.data.ledger import (
     claim_cohort,
     describe_identity,
     find_finished,
-    is_disk_full,
     key_entries,
     read_rows,
     reject,
@@ -45,7 +44,7 @@ from physioray.data.manifest import IngestSummary, publish_cohort
 from physioray.data.records import RecordEntry, RejectedRecording, is_simulated, list_records
 from physioray.data.subjects import SubjectFacts, read_discontinuities, read_subject_facts
 from physioray.signals import BATCH_ROWS
-from physioray.storage import Location, hash_bytes, open_location
+from physioray.storage import Location, hash_bytes, is_disk_full, open_location
 from physioray.telemetry import export_ingest
 
 _CRASH_RETRIES = 2
