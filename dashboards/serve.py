@@ -10,14 +10,19 @@ import argparse
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
 SESSION = Path("/tmp/ray/session_latest")
 
 
-def provision(session: Path = SESSION) -> Path:
+def provision(session: Path = SESSION, patience: float = 60.0) -> Path:
     """Put physioray's dashboard beside Ray's.
+
+    Args:
+        session: folder of the running cluster.
+        patience: seconds that a cluster which has just started is given to write its own.
 
     Returns:
         The folder of settings for Grafana.
@@ -26,6 +31,9 @@ def provision(session: Path = SESSION) -> Path:
         FileNotFoundError: no cluster runs on this machine.
     """
     folder = session / "metrics" / "grafana"
+    end = time.monotonic() + patience
+    while not folder.exists() and session.exists() and time.monotonic() < end:
+        time.sleep(0.5)
     if not folder.exists():
         raise FileNotFoundError(
             f"A Ray head must run on this machine, but {folder} does not exist. Start the cluster first."

@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 DONE = "done.json"
 
 ATTEMPTS = 10
-"""How often a request to a bucket is made before it counts as failed; the pauses double, from 50 ms on."""
+"""How often a request to a bucket is made before it counts as failed; the pauses are random, and double up to 20 s."""
 
 
 class StorageError(OSError):

@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
         jobs = [
             ["-m", "physioray.cli", "ingest", str(folder / "source"), str(folder / "cohort")],
             ["-c", SWEEP],
-            ["experiments/pretrain_strategy.py", "--strategy", "multimae_drop", "--preset", "tiny", "--passes", "60",
+            ["experiments/pretrain_strategy.py", "--strategy", "multimae_drop", "--preset", "tiny", "--passes", "12",
              "--cohort", str(folder / "cohort"), "--out", str(folder / "run")],
         ]  # fmt: skip
         for job in jobs:

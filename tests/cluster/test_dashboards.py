@@ -54,7 +54,7 @@ def test_the_settings_read_the_file_in_which_ray_lists_its_nodes() -> None:
 
 def test_provisioning_without_a_cluster_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Start the cluster first"):
-        provision(tmp_path)
+        provision(tmp_path / "absent")
 
 
 class Recorder:

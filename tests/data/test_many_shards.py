@@ -91,7 +91,7 @@ def test_cost_per_window_and_memory_are_flat_from_20_to_2000_shards(tmp_path: Pa
     assert few["seen"] == many["seen"]
     assert many["mixed"] >= 16
     # With 2,000 files every window is in another file: opening them is done once, and a row costs little more.
-    assert many["micros"] < 5 * few["micros"] + 200
+    assert many["micros"] < 4 * few["micros"] + 100
     # A handful of kilobytes a recording: names, labels, a map.
     assert many["memory"] - few["memory"] < 60
     assert many["grown"] < 30

@@ -204,19 +204,17 @@ def test_a_shard_that_is_not_what_the_manifest_lists_is_refused_and_not_kept(tmp
     assert not list((tmp_path / "mirror").rglob("*.part"))
 
 
-@pytest.mark.parametrize("refusals", [[503, 503], [500, 503, 500, 503]])
-def test_a_bucket_that_says_slow_down_or_stutters_is_asked_again(
-    bucket: Bucket, local: Cohort, tmp_path: Path, refusals: list[int]
-) -> None:
-    uri = upload(tmp_path / "cohort")
+def test_a_bucket_that_says_slow_down_or_stutters_is_asked_again(bucket: Bucket, tmp_path: Path) -> None:
+    local = add_hashes(write_cohort(tmp_path / "one", [5], modalities=("eeg",)))
+    uri = upload(tmp_path / "one")
     bucket.seen.clear()
-    bucket.refusals = refusals
+    bucket.refusals = [503, 500]
     assert np.array_equal(read_all(Cohort.open(uri)), read_all(local))
-    place = open_location("s3://nights/results/file.json")
+    place = open_location("s3://nights/result.json")
     place.write_json({"a": 1})
     assert place.read_json() == {"a": 1}
-    refused = sum(min(count, len(refusals)) for count in bucket.seen.values())
-    assert refused > 4 * len(refusals)
+    # Everything was refused twice, and asked for a third time.
+    assert len(bucket.seen) >= 4 and min(bucket.seen.values()) >= 3
 
 
 def test_a_size_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
