@@ -39,7 +39,6 @@ def prepare(folder: Path) -> None:
     subprocess.run(["mount", "--bind", str(folder / "tmp_ray"), "/tmp/ray"], check=True)
     os.environ |= {
         "HOME": str(folder),
-        "TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
         # Both sides every second, so that a short run leaves enough points.
         "RAY_metrics_report_interval_ms": "1000",
