@@ -24,6 +24,7 @@ from tests.written_cohorts import write_cohort
 RAY = str(Path(sys.executable).parent / "ray")
 DASHBOARD = "http://127.0.0.1:8265"
 STARTED = time.monotonic()
+PATIENCE = 4
 
 
 def say(text: str) -> None:
@@ -31,7 +32,8 @@ def say(text: str) -> None:
 
 
 def wait_for(what: str, seconds: float, condition: Callable[[], Any]) -> Any:
-    """The first true value of a condition that is asked again and again."""
+    """The first true value of a condition that is asked again and again; on a busy machine all takes longer."""
+    seconds *= PATIENCE
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
