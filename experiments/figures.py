@@ -56,7 +56,7 @@ def main() -> None:
 
             def run_measure(job: AnalysisJob, screen: ProgressLine = screen) -> AnalysisSums:
                 if options.workers:
-                    from physioray.distribute import measure_on_cluster
+                    from physioray.spread import measure_on_cluster
 
                     gpus = 1 if options.device == "cuda" else 0
                     return measure_on_cluster(

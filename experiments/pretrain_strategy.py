@@ -41,11 +41,17 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=None, help="passes over the data (default: the preset's)")
     parser.add_argument("--in-process", action="store_true", help="train in this process instead of on Ray")
     parser.add_argument("--device", default="cpu", help="with --in-process: cpu, or cuda (default cpu)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train together (default 1)")
+    parser.add_argument("--gpus-per-worker", type=int, default=0, choices=(0, 1), help="(default 0)")
+    parser.add_argument("--spread", action="store_true", help="one worker a machine, as far as there are machines")
     parser.add_argument("--address", default=None, help="a running Ray cluster (default: start one here)")
     options = parser.parse_args()
 
     # What is trained, and on what: cost stands beside the learning rate.
-    resources = Resources(workers=1, gpus_per_worker=0)
+    # Spot machines come and go: a lost worker is replaced often before the run gives up.
+    resources = Resources(
+        workers=options.workers, gpus_per_worker=options.gpus_per_worker, spread=options.spread, retries=10
+    )
     preset = find_preset(options.preset)
     preset = replace(
         preset, train=replace(preset.train, passes=preset.train.passes if options.passes is None else options.passes)

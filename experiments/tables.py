@@ -17,12 +17,12 @@ import time
 
 from physioray.cli import guard
 from physioray.costs import estimate_cost
-from physioray.distribute import spread_work
 from physioray.grid import Grid
 from physioray.grid_plan import GRIDS, find_grid
 from physioray.grid_report import narrow_grid, write_grid
 from physioray.grid_scores import collect_scores
 from physioray.progress import ProgressLine
+from physioray.spread import spread_work
 from physioray.steps import find_commit
 from physioray.storage import open_location
 from physioray.work import Work, run_work

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import struct
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,19 +17,19 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
+import ray.util.metrics
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from physioray.analysis import AnalysisJob, AnalysisSums, measure, merge_sums
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
-from physioray.grid import Grid
 from physioray.journal import AfterPass, Screen
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.storage import open_location
+from physioray.telemetry import RunTelemetry
 from physioray.train import TrainResult
-from physioray.work import Work, explain_block, run_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Resources:
         cpus_per_worker: CPUs withheld from reading.
         reading_cpus: CPUs that Ray Data needs at the least, over all workers.
         retries: how often a failed worker group is started again from the last checkpoint.
+        spread: one worker a machine as far as there are machines, instead of as near together as possible.
+        patience: minutes that a cluster which was joined is given to grow to what is asked.
     """
 
     workers: int = 1
@@ -46,6 +51,8 @@ class Resources:
     cpus_per_worker: int = 1
     reading_cpus: int = 2
     retries: int = 2
+    spread: bool = False
+    patience: float = 20.0
 
 
 class _Board:
@@ -119,7 +126,8 @@ def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]
     """Join a running Ray cluster, or start one on this machine and stop it afterwards.
 
     Args:
-        address: of a running cluster, `auto` for the one this machine belongs to; None starts one here.
+        address: of a running cluster, `auto` for the one this machine belongs to; None takes the one that the
+            environment names in RAY_ADDRESS (a submitted job's is its cluster), else starts one here.
         cpus: logical CPUs that a cluster started here has at the least. Reading costs little beside training,
             so on two cores three or four logical CPUs only let Ray Data run beside the workers.
     """
@@ -130,6 +138,7 @@ def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]
     # A local cluster makes its own token and listens on this machine only; its advice on that is no news to a user.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
@@ -164,7 +173,10 @@ def pretrain_on_cluster(
         ValueError: the cluster has no CPU left for reading beside the workers.
     """
     needed = resources.workers * resources.cpus_per_worker + resources.reading_cpus
+    joined = address is not None or "RAY_ADDRESS" in os.environ
     with join_cluster(address, cpus=needed):
+        if joined:
+            _await_resources(resources, screen)
         _check_resources(resources)
         out = open_location(job.out)
         # Workers have working folders of their own, so a relative path must not reach them.
@@ -176,10 +188,12 @@ def pretrain_on_cluster(
             trainer = TorchTrainer(
                 _train_worker,
                 train_loop_config={"job": job, "board": board, "after_pass": after_pass},
+                torch_config=_NodeTorchConfig(),
                 scaling_config=ScalingConfig(
                     num_workers=resources.workers,
                     use_gpu=resources.gpus_per_worker > 0,
                     resources_per_worker={name: count for name, count in per_worker.items() if count},
+                    placement_strategy="SPREAD" if resources.spread else "PACK",
                 ),
                 run_config=RunConfig(
                     name="train", storage_path=storage, failure_config=FailureConfig(max_failures=resources.retries)
@@ -196,28 +210,44 @@ def pretrain_on_cluster(
     return _read_result(job)
 
 
-def measure_on_cluster(
-    job: AnalysisJob,
-    workers: int,
-    *,
-    gpus_per_worker: int = 0,
-    address: str | None = None,
-    screen: Screen | None = None,
-) -> AnalysisSums:
-    """Look into a checkpoint with N readers, each with its share of the windows; merged, the sums are those of one."""
-    job = replace(job, cohort=open_location(job.cohort).uri, checkpoint=open_location(job.checkpoint).uri)
-    with join_cluster(address, cpus=workers):
-        task: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_worker)(measure)
-        place = {"world_size": workers, "device": "cuda" if gpus_per_worker else "cpu"}
-        parts = []
-        for reference in [task.remote(job, rank=rank, **place) for rank in range(workers)]:
+class _NodeBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Lets the workers talk through the address by which the cluster knows their node."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _NodeTorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_NodeBackend]:
+        return _NodeBackend
+
+
+def _name_interface() -> None:
+    # PyTorch's gloo listens at the address of the machine's own name. Debian writes that down as the loopback, where
+    # workers on other machines look in vain.
+    name = find_interface(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def find_interface(address: str) -> str | None:
+    """Name of the network interface that has an IPv4 address, for example `eth0`; None if none has it."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
             try:
-                parts.append(ray.get(reference))
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            if screen is not None:
-                screen.update(len(parts), workers, f"{job.name}: shares measured")
-    return merge_sums(parts)
+                reply = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(reply[20:24]) == address:
+                return name
+    return None
 
 
 def _raise_cause(error: WorkerGroupError) -> None:
@@ -232,12 +262,16 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     """What every worker runs: the same function as in one process, with batches from Ray Data."""
     job: PretrainJob = arguments["job"]
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    telemetry = RunTelemetry(
+        ray.util.metrics, open_location(job.out).name, passes=job.train.passes, batch_size=job.train.batch_size
+    )
     result = pretrain(
         job,
         make_source=StreamSource,
         device=device,
         screen=_BoardScreen(arguments["board"]),
         after_pass=arguments["after_pass"],
+        watcher=telemetry,
     )
     last = result.history[-1]
     ray.train.report({"pass": last["pass"], "loss": last["loss"], "validation_loss": last["validation_loss"] or 0.0})
@@ -246,6 +280,29 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def _read_result(job: PretrainJob) -> TrainResult:
     content = load_checkpoint(open_location(job.out) / "checkpoints" / "last.pt")
     return TrainResult(history=restore_state(content).history)
+
+
+def _await_resources(resources: Resources, screen: Screen | None) -> None:
+    """Ask a cluster that can grow for what is missing, say so, and wait; one that cannot is waited for in vain."""
+    try:
+        _check_resources(resources)
+        return
+    except ValueError as error:
+        if screen is not None:
+            screen.say(f"{error} Asking for more, and waiting up to {resources.patience:g} minutes.")
+    wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    worker = {name: count for name, count in wanted.items() if count}
+    request_resources(bundles=[worker] * resources.workers + [{"CPU": 1}] * max(1, resources.reading_cpus))
+    end = time.monotonic() + 60 * resources.patience
+    try:
+        while time.monotonic() < end:
+            try:
+                return _check_resources(resources)
+            except ValueError:
+                time.sleep(1)
+    finally:
+        # From here on the run itself holds what it needs; a standing request would keep machines for ever.
+        request_resources(bundles=[])
 
 
 def _check_resources(resources: Resources) -> None:
@@ -260,67 +317,3 @@ def _check_resources(resources: Resources) -> None:
     gpus = resources.workers * resources.gpus_per_worker
     if total.get("GPU", 0) < gpus:
         raise ValueError(f"The cluster must have {gpus} GPUs, but it has {total.get('GPU', 0):.0f}.")
-
-
-def spread_work(
-    grid: Grid,
-    work: Sequence[Work],
-    *,
-    gpus: float = 0,
-    address: str | None = None,
-    processes: int | None = None,
-    begin: Callable[[Work], None] = lambda _: None,
-    end: Callable[[Work], None] = lambda _: None,
-    deadline: float | None = None,
-    retries: int = 2,
-) -> dict[Work, str]:
-    """Do a grid's pieces of work on a cluster, as many at once as fit; a piece starts when its pretraining is done.
-
-    Args:
-        grid: whose work; cohort and store must lie where every node reaches them.
-        work: what to do.
-        gpus: of a piece.
-        address: of a running cluster; None starts one here.
-        processes: at once at the most; as many as the cluster has CPUs (or GPUs) for if None.
-        begin, end, deadline: as for `grid.run_work`.
-        retries: for a piece whose process or machine is lost.
-
-    Returns:
-        What failed, and why.
-    """
-    failures: dict[Work, str] = {}
-    threads = grid.threads or 1
-    grid = replace(grid, cohort=open_location(grid.cohort).uri, store=open_location(grid.store).uri)
-    with join_cluster(address):
-        total = ray.cluster_resources()
-        fitting = total.get("GPU", 0) / gpus if gpus else total.get("CPU", 1) / threads
-        most = max(1, min(int(fitting), processes or int(fitting)))
-        remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries)(_do_work)
-        waiting, running = list(work), dict[Any, Work]()
-        while waiting or running:
-            late = deadline is not None and time.monotonic() > deadline
-            unfinished = {item.strategy for item in (*waiting, *running.values()) if item.kind == "pretrain"}
-            ready = [item for item in waiting if item.kind == "pretrain" or item.strategy not in unfinished]
-            while ready and len(running) < most and not late:
-                item = ready.pop(0)
-                waiting.remove(item)
-                begin(item)
-                if reason := explain_block(item, failures):
-                    failures[item] = reason
-                    end(item)
-                else:
-                    running[remote.remote(grid, item)] = item
-            if not running:
-                break
-            done, _ = ray.wait(list(running), timeout=1.0)
-            for reference in done:
-                item = running.pop(reference)
-                if reason := ray.get(reference):
-                    failures[item] = reason
-                end(item)
-    return failures
-
-
-def _do_work(grid: Grid, item: Work) -> str:
-    """One piece in a process of the cluster; why it failed, or nothing."""
-    return run_work(grid.do, [item]).get(item, "")

@@ -38,6 +38,7 @@ class Journal:
         settings: flat names and values that TensorBoard shows beside the run.
         screen: where progress is shown; nowhere if None.
         after_pass: called with the number of finished passes and `folder`, also when a run is taken up again.
+        watcher: another reporter, which is told the same.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Journal:
         settings: dict[str, Any] | None = None,
         screen: Screen | None = None,
         after_pass: AfterPass | None = None,
+        watcher: Any = None,
     ) -> None:
+        self.watcher = watcher
         self.folder, self.passes, self.settings, self.screen = folder, passes, settings or {}, screen
         self.after_pass = after_pass
 
@@ -57,11 +60,15 @@ class Journal:
             share = 100 * waited / max(elapsed, 1e-9)
             note = f"pass {min(state.pass_number + 1, self.passes)}/{self.passes}, {share:.0f} % waiting for data"
             self.screen.update(state.step, steps * self.passes, note)
+        if self.watcher is not None:
+            self.watcher.report_step(state, steps, waited, elapsed)
 
     def report_pass(self, history: list[dict[str, Any]], step_losses: list[float]) -> None:
         """Rewrite training.jsonl with all passes so far, and append the new one to TensorBoard's events."""
         text = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in history)
         (self.folder / "training.jsonl").write_text(text)
+        if self.watcher is not None:
+            self.watcher.report_pass(history, step_losses)
         if step_losses:
             if self.screen is not None:
                 self.screen.say(describe_pass(history[-1], self.passes))

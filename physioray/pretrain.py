@@ -40,7 +40,7 @@ from physioray.strategies import (
     name_strategy,
     restore_settings,
 )
-from physioray.train import TrainResult, WorkerGroup, to_tensors, train
+from physioray.train import Reporter, TrainResult, WorkerGroup, to_tensors, train
 
 MakeSource = Callable[..., BatchSource]
 """Makes this worker's batches: `GatherSource` or `StreamSource`, called with the same arguments."""
@@ -140,6 +140,7 @@ def pretrain(
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
     after_pass: AfterPass | None = None,
+    watcher: Reporter | None = None,
 ) -> TrainResult:
     """Run a job in this process, as one of the workers of `group`, or take it up where it stopped.
 
@@ -151,6 +152,7 @@ def pretrain(
         screen: where progress is shown.
         after_pass: called by the first worker with the number of finished passes and the run's folder, whose
             `checkpoints/last.pt` is that of the pass; what it raises ends the run, which can be taken up again.
+        watcher: another reporter, which is told the same.
     """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -169,7 +171,7 @@ def pretrain(
     validation = None if "validation" in job.splits else _make_validation(cohort, names, make_source, shared)
     if validation is None and screen is not None and group.rank == 0:
         screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
-    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen, after_pass)
+    journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen, after_pass, watcher)
     if group.rank == 0:
         _record_settings(job, out, cohort, source)
     return train(

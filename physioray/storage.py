@@ -7,6 +7,7 @@ last, lists every file with size and hash.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,15 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 DONE = "done.json"
+
+ATTEMPTS = 10
+"""How often a request to a bucket is made before it counts as failed; the pauses are random, and double up to 20 s."""
 
 
 class StorageError(OSError):
@@ -148,22 +152,38 @@ def open_location(uri: str | os.PathLike[str], *, anonymous: bool = False) -> Lo
     if scheme != "s3":
         raise StorageError(f"A place must be a path, file:// or s3:// URI, but got {text!r}.")
     try:
-        if not anonymous:
-            filesystem, path = pafs.FileSystem.from_uri(text)
-            return Location(filesystem, path, text.split("?")[0])
-        return _open_public_bucket(text)
+        return _open_bucket(text, anonymous)
     except (OSError, ValueError) as error:
         raise StorageError(f"{text} could not be opened: {error}. Check the URI, region and credentials.") from error
 
 
-def _open_public_bucket(text: str) -> Location:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"anonymous": True, "region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
-    if endpoint:
-        parts = urlsplit(endpoint)
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+def _open_bucket(text: str, anonymous: bool) -> Location:
     parts = urlsplit(text)
-    return Location(pafs.S3FileSystem(**options), f"{parts.netloc}{parts.path}".rstrip("/"), text.split("?")[0])
+    query = dict(parse_qsl(parts.query))
+    unknown = sorted(set(query) - {"region", "scheme", "endpoint_override"})
+    if unknown:
+        raise ValueError(f"it may say region, scheme and endpoint_override, but says {', '.join(unknown)}")
+    bucket = parts.netloc.rpartition("@")[2]
+    options: dict[str, Any] = {name: query[name] for name in ("scheme", "endpoint_override") if name in query}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in query:
+        options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
+    region = query.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and not anonymous and "endpoint_override" not in options:
+        region = pafs.resolve_s3_region(bucket)
+    if anonymous:
+        options["anonymous"] = True
+    elif parts.username and parts.password:
+        options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password)}
+    # A bucket that is asked by many machines at once answers "slow down" or 5xx for a while.
+    options["retry_strategy"] = pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    filesystem = pafs.S3FileSystem(region=region or "us-east-1", **options)
+    return Location(filesystem, f"{bucket}{unquote(parts.path)}".rstrip("/"), text.split("?")[0])
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True if an error says that no space, or no quota, is left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def dump_json(value: Any) -> str:

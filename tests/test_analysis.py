@@ -185,7 +185,8 @@ def test_a_picture_is_the_same_every_time(analyses: list[Analysis]) -> None:
 def test_two_workers_of_a_cluster_find_what_one_process_finds(
     cohort: Cohort, runs: dict[str, Path], analyses: list[Analysis]
 ) -> None:
-    from physioray.distribute import join_cluster, measure_on_cluster
+    from physioray.distribute import join_cluster
+    from physioray.spread import measure_on_cluster
 
     job, told = make_job("multimae_drop", runs["multimae_drop"], cohort), []
 

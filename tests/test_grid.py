@@ -13,11 +13,11 @@ import pytest
 from physioray.config import ProbeConfig
 from physioray.costs import estimate_cost
 from physioray.data.splits import Fold, shrink_fold
-from physioray.distribute import spread_work
 from physioray.grid import Grid
 from physioray.grid_plan import GRIDS, GridConfig, find_grid
 from physioray.grid_scores import GridScores, collect_scores
 from physioray.signals import LookupMiss
+from physioray.spread import spread_work
 from physioray.work import Work, run_work
 from tests.written_cohorts import write_cohort
 

@@ -17,6 +17,7 @@ KNOWS_THE_CLUSTER = {
     "physioray.sweep_driver",
     "physioray.sweep_search",
     "physioray.distribute",
+    "physioray.spread",
     "physioray.infer_many",  # many recordings at once; distribute is about training
     "physioray.data.shards",
     "physioray.data.stream",

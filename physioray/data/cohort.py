@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from physioray.data.mirror import Mirror
 from physioray.signals import MODALITIES, SPLITS, UNKNOWN, Split, label_column
 from physioray.storage import Location, StorageError, open_location
 
@@ -48,6 +49,7 @@ class StoredRecording:
     rows: int
     first: int
     discontinuities: tuple[float, ...] = ()
+    sha256: str | None = None
 
 
 class Cohort:
@@ -71,6 +73,7 @@ class Cohort:
             raise StorageError(
                 f"{location} must have format {FORMAT}, but has {self.manifest['format']}. Ingest it again."
             )
+        self._mirror: Mirror | None = None
         self.fingerprint: str = self.manifest["fingerprint"]
         self.simulated: bool = self.manifest["simulated"]
         self.modalities = {
@@ -95,6 +98,7 @@ class Cohort:
                     rows=row["rows"],
                     first=first,
                     discontinuities=tuple(row["discontinuities"]),
+                    sha256=row.get("sha256"),
                 )
             )
             first += row["rows"]
@@ -175,7 +179,7 @@ class Cohort:
         return recording, window_ids - firsts[recording]
 
     def open_shard(self, recording: StoredRecording) -> pa.ipc.RecordBatchFileReader:
-        """The shard of a recording; memory-mapped if it is a local file.
+        """The shard of a recording, memory-mapped; of a bucket, its local copy, and by range where there is no room.
 
         Raises:
             LockedSplitError: it is a test subject's, and the test split is locked.
@@ -183,7 +187,12 @@ class Cohort:
         if recording.split not in self.readable_splits:
             self._refuse(f"the shard of {recording.name}")
         place = self.location / recording.file
-        source = pa.memory_map(place.path) if place.is_local else place.filesystem.open_input_file(place.path)
+        if place.is_local:
+            return pa.ipc.open_file(pa.memory_map(place.path))
+        if self._mirror is None:
+            self._mirror = Mirror.open(self.fingerprint)
+        copy = self._mirror.fetch(place, recording.sha256)
+        source = place.filesystem.open_input_file(place.path) if copy is None else pa.memory_map(str(copy))
         return pa.ipc.open_file(source)
 
     def read_column(self, column: str) -> NDArray[Any]:

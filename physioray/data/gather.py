@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -43,6 +44,24 @@ def view_tensor(column: pa.Array, samples: int) -> NDArray[np.int16]:
     return flat.reshape(len(column), samples)
 
 
+def count_files_allowed() -> int:
+    """How many files this process may hold open, after asking for all that it may have."""
+    if sys.platform == "win32":
+        return 512
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems say "unlimited" and then refuse large numbers.
+    wanted = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (ValueError, OSError):
+            pass
+    return 65536 if soft == resource.RLIM_INFINITY else soft
+
+
 class WindowReader:
     """Reads any windows of a cohort by id, only the modalities asked for.
 
@@ -60,10 +79,21 @@ class WindowReader:
             )
         self.names = names
         self.shards: dict[int, _Shard] = {}
+        self.most_open = count_files_allowed() // 2
         self.firsts = np.array([item.first for item in cohort.recordings], np.int64)
         self.subjects = np.array([item.subject_index for item in cohort.recordings], np.int64)
         self.labels = {task: cohort.read_column(label_column(task)).astype(np.int8) for task in TASKS}
         self.present = {name: cohort.read_column(present_column(name)).astype(bool) for name in names}
+
+    def _open(self, index: int) -> _Shard:
+        """The shard of a recording; of more than a process may hold open, the longest unused are closed."""
+        shard = self.shards.pop(index, None)
+        if shard is None:
+            while len(self.shards) >= self.most_open:
+                del self.shards[next(iter(self.shards))]
+            shard = _Shard(self.cohort, self.cohort.recordings[index], self.names)
+        self.shards[index] = shard
+        return shard
 
     def read(self, window_ids: Int64[np.ndarray, "b"]) -> Batch:
         """The batch of some windows, in the order given.
@@ -79,10 +109,7 @@ class WindowReader:
         }
         # Rows are copied one by one: a row is one contiguous run of bytes in the map.
         for place, (index, line) in enumerate(zip(recording.tolist(), row.tolist(), strict=True)):
-            shard = self.shards.get(index)
-            if shard is None:
-                shard = self.shards[index] = _Shard(self.cohort, self.cohort.recordings[index], self.names)
-            views = shard.view(line // BATCH_ROWS)
+            views = self._open(index).view(line // BATCH_ROWS)
             inside = line % BATCH_ROWS
             for name in self.names:
                 signals[name][place] = views[name][inside]

@@ -8,7 +8,6 @@ the size it names; everything else is made again.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,11 +86,6 @@ class LedgerRow:
         """The row that `to_dict` wrote."""
         shard = values["shard"]
         return cls(**{**values, "shard": StoredShard(**shard) if shard else None})
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """True if an error says that no space, or no quota, is left."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def hide_credentials(uri: str) -> str:

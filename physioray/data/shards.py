@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
+import ray.util.metrics
 from threadpoolctl import threadpool_limits
 
 from physioray.config import IngestConfig
@@ -30,7 +31,6 @@ from physioray.data.ledger import (
     claim_cohort,
     describe_identity,
     find_finished,
-    is_disk_full,
     key_entries,
     read_rows,
     reject,
@@ -45,7 +45,8 @@ from physioray.data.manifest import IngestSummary, publish_cohort
 from physioray.data.records import RecordEntry, RejectedRecording, is_simulated, list_records
 from physioray.data.subjects import SubjectFacts, read_discontinuities, read_subject_facts
 from physioray.signals import BATCH_ROWS
-from physioray.storage import Location, hash_bytes, open_location
+from physioray.storage import Location, hash_bytes, is_disk_full, open_location
+from physioray.telemetry import export_ingest
 
 _CRASH_RETRIES = 2
 _NAMED = 5
@@ -173,7 +174,9 @@ def _ingest(
         for key, entry in keyed.items()
         if key not in rows
     ]
-    _run_jobs(jobs, rows, cohort, address, lambda finished: _report(progress, rows, len(keyed), finished, began))
+    _run_jobs(
+        jobs, rows, cohort, address, lambda finished: _report(progress, cohort, rows, len(keyed), finished, began)
+    )
     for row in reject_same_signal(source, keyed, rows.values()):
         write_row(cohort, row)
         rows[row.key] = row
@@ -198,21 +201,26 @@ def _ingest(
 
 def _report(
     progress: Callable[[Progress], None] | None,
+    cohort: Location,
     rows: Mapping[str, LedgerRow],
     total: int,
     finished_now: int,
     began: float,
 ) -> None:
+    accepted = [row for row in rows.values() if row.accepted]
+    hours = sum(row.facts["hours"] for row in accepted)
+    if ray.is_initialized():
+        outcomes = {"accepted": len(accepted), "rejected": len(rows) - len(accepted), "waiting": total - len(rows)}
+        export_ingest(ray.util.metrics, cohort.name, outcomes, hours)
     if progress is None:
         return
     seconds = time.monotonic() - began
-    accepted = [row for row in rows.values() if row.accepted]
     progress(
         Progress(
             done=len(accepted),
             rejected=len(rows) - len(accepted),
             total=total,
-            hours=sum(row.facts["hours"] for row in accepted),
+            hours=hours,
             seconds=seconds,
             seconds_left=seconds / finished_now * (total - len(rows)) if finished_now else None,
         )

@@ -1,0 +1,78 @@
+"""local.yaml by a real `ray up` onto two test hosts: token, a run over both, a host lost and back, `ray down`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.cluster.filled_files import ROOT, TOKEN
+from tests.cluster.namespaces import explain_missing
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.ray]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    reason = explain_missing("sshd", "ssh", "ssh-keygen", "rsync", "hostname")
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("hosts")
+    isolated = ("unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child")
+    command = [*isolated, sys.executable, "-m", "tests.cluster.two_hosts", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+    print(done.stdout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return json.loads((folder / "found.json").read_text()) | {"printed": done.stdout}
+
+
+def test_ray_up_makes_one_cluster_of_both_hosts(found: dict[str, Any]) -> None:
+    assert "2 local.cluster.node" in found["status"] and "/4.0 CPU" in found["status"]
+
+
+def test_without_the_token_nothing_is_told_and_nothing_runs(found: dict[str, Any]) -> None:
+    refused = found["without_token"]
+    assert refused["/api/jobs/"] == refused["/nodes"] == 401
+    assert "AuthenticationError" in refused["submit"]
+
+
+def test_the_token_is_on_every_host_for_its_owner_alone_and_in_no_output(found: dict[str, Any]) -> None:
+    assert found["modes"] == ["0o600", "0o600"]
+    assert TOKEN not in json.dumps(found)
+
+
+def test_two_workers_on_two_hosts_pretrain(found: dict[str, Any]) -> None:
+    assert found["undisturbed"]["state"] == "SUCCEEDED"
+    assert [record["pass"] for record in found["undisturbed"]["history"]] == list(range(1, 13))
+
+
+def test_a_run_whose_host_is_lost_and_comes_back_ends_with_the_loss_of_an_undisturbed_one(
+    found: dict[str, Any],
+) -> None:
+    disturbed = found["disturbed"]
+    assert disturbed["state"] == "SUCCEEDED"
+    assert 3 <= disturbed["passes_before"] < 12, "the host must be lost in the middle of the run"
+    alone, after = found["undisturbed"]["history"], disturbed["history"]
+    assert [record["step"] for record in after] == [record["step"] for record in alone]
+    # The same two workers take the same steps from the same checkpoint: the only difference could be the order in
+    # which two gradients are added, and a + b is b + a. 1e-6 leaves room for another machine's arithmetic.
+    for one, other in zip(alone, after, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert other["loss_by_modality"] == pytest.approx(one["loss_by_modality"], rel=1e-6)
+
+
+def test_the_host_that_came_back_is_in_the_cluster_again(found: dict[str, Any]) -> None:
+    assert "2 local.cluster.node" in found["disturbed"]["status_back"]
+    seconds = found["disturbed"]["seconds"]
+    assert seconds["noticed"] < seconds["booted"] < seconds["back"]
+
+
+def test_ray_down_leaves_nothing(found: dict[str, Any]) -> None:
+    # Within the time that the laboratory waits; what it saw last is in `left`.
+    assert sorted(found["left"]) == ["host1", "host2"]
+    assert not any(
+        "raylet" in command or "log_monitor" in command for left in found["left"].values() for command in left
+    )
