@@ -249,3 +249,9 @@ def test_the_terminal_table_says_simulated_and_holds_the_scores(tmp_path):
 
 def test_a_task_that_one_line_scores_is_not_called_skipped():
     assert list_skipped(make_rows()) == ["Arousal: skipped: no window has a label."]
+
+
+def test_confusion_matrices_of_the_headline_probe_stand_on_the_page(page):
+    text, reader = page
+    assert "What is taken for what" in reader.headings
+    assert 'id="confusion-sleep-' in text and "Pretrained encoder, converged probe" in text
