@@ -151,7 +151,9 @@ def plot_confusion(task: str, counts: Int[np.ndarray, "true predicted"], caption
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size + 0.4, size), layout="constrained")
         axes = figure.add_subplot()
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        places = np.arange(len(found.classes) + 1) - 0.5
+        axes.pcolormesh(places, places, shares, cmap="Blues", vmin=0, vmax=1)
+        axes.invert_yaxis()
         for row, column in np.ndindex(*counts.shape):
             ink = "white" if shares[row, column] > 0.55 else INK
             text = f"{shares[row, column]:.0%}\n{int(counts[row, column]):,}" if total[row, 0] else "-"

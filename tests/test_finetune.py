@@ -211,8 +211,8 @@ def test_the_grid_of_training_subsets_gives_rows_and_tables_like_the_probes(
 ) -> None:
     """Finetuning and probes under the same plans: same sizes, scopes, windows and people, so one table holds both."""
     train = cohort.list_subjects("train")
-    subsets = {1: train[:1], len(train): train, 25: train}
-    config = ProbeConfig(bootstrap_draws=20, seeds=(0, 1), penalties=(1e-2,))
+    subsets = {1: train[:1], 25: train}
+    config = ProbeConfig(bootstrap_draws=20, seeds=(0,), penalties=(1e-2,))
     job = make_job(cohort, tmp_path, checkpoint=checkpoint, train={"passes": 1})
     tuned = evaluate_finetuning(job, replace(config, tasks=("sleep", "arousal")), subsets=subsets)
     encode = make_encode(load_encoder(open_location(checkpoint)), cohort.modalities)
@@ -235,7 +235,7 @@ def test_the_grid_of_training_subsets_gives_rows_and_tables_like_the_probes(
     assert {row.training_subjects for row in tuned.scores} == {1, len(train)}
     assert {row.scope for row in tuned.scores if row.task == "arousal"} == {"windows", "sleep_windows"}
     assert set(tuned.predictions.column("window_id").to_pylist()) == set(cohort.find_windows(splits=["test"]).tolist())
-    assert tuned.subject_scores.num_rows == 2 * probed.subject_scores.num_rows  # the probe has one seed
+    assert tuned.subject_scores.num_rows == probed.subject_scores.num_rows > 0
     assert any("25 training subjects were asked for" in note for note in tuned.notes)
 
 

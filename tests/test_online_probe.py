@@ -1,7 +1,5 @@
 """The probe through the frozen encoder gives what the probe on cached embeddings gives; and neither collapses."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +16,7 @@ from physioray.strategies import build_model
 from tests.written_cohorts import write_cohort
 
 TASKS = {"sleep": 5, "age": 2, "arousal": 2}
-QUICK = ProbeConfig(recipe_min_steps=40, recipe_passes=1, recipe_batch_size=32, recipe_learning_rate=1e-2)
+QUICK = ProbeConfig(recipe_min_steps=25, recipe_passes=1, recipe_batch_size=16, recipe_learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,31 +72,34 @@ def test_both_sources_of_features_measure_and_take_the_same(tmp_path):
     np.testing.assert_allclose(online.take(torch.from_numpy(rows)), cached.take(torch.from_numpy(rows)), atol=1e-6)
 
 
-def make_rare(seed=0, n=9000, features=32, prevalence=0.027):
-    """Embeddings in which 2.7 % of the windows are positive, as arousals are, and faintly so."""
-    generator = np.random.default_rng(seed)
+def make_rare(n=9000, features=32, prevalence=0.027):
+    """Embeddings in which 2.7 % of the windows are positive, as arousals are, and faintly so (at best about 0.73)."""
+    generator = np.random.default_rng(0)
     labels = (generator.random(n) < prevalence).astype(np.int8)
-    vectors = generator.normal(size=(n, features)) @ generator.normal(size=(features, features))
-    direction = generator.normal(size=features)
-    vectors += 1.2 * labels[:, None] * direction * vectors.std(0)
-    return vectors.astype(np.float32), labels
+    hidden = generator.normal(size=(n, features))
+    hidden[:, 0] += 1.2 * labels
+    return (hidden @ generator.normal(size=(features, features))).astype(np.float32), labels
 
 
-@pytest.mark.parametrize("steps", [5000, 800])
-def test_the_papers_recipe_does_not_collapse_by_seed_on_rare_arousals(steps):
-    """Methods 0.7 and 1.9: in the paper five seeds gave 0.637 +- 0.081; here ten, with its learning rate of 1e-4."""
+def score_recipe(steps):
+    """Balanced accuracy of ten seeds of the paper's recipe on rare arousals."""
     vectors, labels = make_rare()
     train, validation, test = np.arange(5000), np.arange(5000, 6500), np.arange(6500, 9000)
     problems = [
         RecipeProblem(labels=labels, classes=2, train=train, validation=validation, seed=seed) for seed in range(10)
     ]
     config = ProbeConfig(recipe_min_steps=steps, recipe_passes=1, recipe_batch_size=256)
-    scores = [
-        balance_accuracy(labels[test], head.predict(vectors[test]).argmax(1))
-        for head in fit_recipe(vectors, problems, config)
-    ]
-    assert np.std(scores, ddof=1) < (0.01 if steps == 5000 else 0.05), scores
-    assert min(scores) > 0.65, scores
+    heads = fit_recipe(vectors, problems, config)
+    return [balance_accuracy(labels[test], head.predict(vectors[test]).argmax(1)) for head in heads]
+
+
+def test_the_papers_recipe_does_not_collapse_by_seed_on_rare_arousals():
+    """Methods 0.7 and 1.9: in the paper five seeds gave 0.637 +- 0.081. Cut short, ours does the same: some seeds stay
+    at chance. That is why it takes at least 5,000 steps.
+    """
+    whole, short = score_recipe(ProbeConfig().recipe_min_steps), score_recipe(800)
+    assert np.std(whole, ddof=1) < 0.035 and min(whole) > 0.6, whole
+    assert min(short) < 0.52 and np.std(short, ddof=1) > 0.035, short
 
 
 def test_the_converged_probe_does_not_collapse_on_rare_arousals_whoever_trains_it():
@@ -111,13 +112,14 @@ def test_the_converged_probe_does_not_collapse_on_rare_arousals_whoever_trains_i
         heads = fit_path(vectors[rows], labels[rows], 2, ProbeConfig().penalties)
         head = choose_head(heads, vectors[validation], labels[validation])
         scores.append(balance_accuracy(labels[test], head.predict(vectors[test]).argmax(1)))
-    assert np.std(scores, ddof=1) < 0.03 and min(scores) > 0.65, scores
+    assert np.std(scores, ddof=1) < 0.035 and min(scores) > 0.6, scores
 
 
-def test_without_class_weights_rare_arousals_do_collapse():
-    """What the tests above guard against exists: the same embeddings, unweighted, are all called negative."""
+def test_without_class_weights_rare_arousals_collapse():
+    """What the tests above guard against exists: unweighted, the same windows are all called negative."""
     vectors, labels = make_rare()
-    head = fit_path(vectors[:5000], labels[:5000], 2, [1e-3], class_weights=False)[0]
-    assert balance_accuracy(labels[6500:], head.predict(vectors[6500:]).argmax(1)) < 0.6
-    weighted = replace(head, **vars(fit_path(vectors[:5000], labels[:5000], 2, [1e-3])[0]))
-    assert balance_accuracy(labels[6500:], weighted.predict(vectors[6500:]).argmax(1)) > 0.65
+    plain, weighted = (
+        fit_path(vectors[:5000], labels[:5000], 2, [1e-3], class_weights=on)[0].predict(vectors[6500:]).argmax(1)
+        for on in (False, True)
+    )
+    assert balance_accuracy(labels[6500:], plain) < 0.52 and balance_accuracy(labels[6500:], weighted) > 0.65

@@ -269,3 +269,9 @@ def test_the_headline_shows_the_largest_training_set_in_cross_validation_too() -
     sizes = tabulate_sizes(rows, "sleep")
     assert sizes is not None
     assert sizes.columns == ("5 subjects", "21 subjects")
+
+
+def test_confusion_matrices_of_the_headline_probe_stand_on_the_page(page):
+    text, reader = page
+    assert "What is taken for what" in reader.headings
+    assert 'id="confusion-sleep-' in text and "Pretrained encoder, converged probe" in text
