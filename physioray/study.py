@@ -117,8 +117,8 @@ def choose_protocol(cohort: Cohort, config: ProbeConfig) -> Protocol:
     sentence = (
         f"Cross-validation by subject over all {len(labelled)} {whom} ({config.folds} folds, drawn anew "
         f"for each of {len(config.seeds)} seeds), because there are fewer than {config.cross_validate_below}. "
-        "Pretraining saw the signals of everybody but the validation subjects, without any label, so the signals of "
-        "most scored subjects were among them."
+        f"Pretraining saw the signals of everybody but the {'validation and test' if choosing else 'validation'} "
+        "subjects, without any label, so the signals of most scored subjects were among them."
     )
     return Protocol(splits=splits, folds=folds, labelled=labelled, sentence=sentence, scored=scored)
 

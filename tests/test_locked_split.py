@@ -134,7 +134,8 @@ def test_a_small_cohort_selects_by_cross_validation_over_everybody_but_the_test_
         protocol = choose_protocol(place, CONFIG)
         assert protocol.scored == "validation" and "test" not in protocol.splits
         assert protocol.labelled == tuple(f"rec{i:03d}" for i in range(7))
-        assert "not in the test split" in protocol.sentence and "all 7" in protocol.sentence
+        assert "all 7 labelled subjects who are not in the test split" in protocol.sentence
+        assert "everybody but the validation and test subjects" in protocol.sentence
         windows = find_labelled_windows(place, protocol, ("eeg", "ecg"))
         assert len(windows) == 7 * 24
         found = evaluate_probe(
