@@ -33,7 +33,9 @@ class SweepEvents:
 
     def __init__(self, folder: Location, base: Settings, *, simulated: bool) -> None:
         self.folder, self.base, self.simulated = folder, base, simulated
-        self.local = folder.path if folder.is_local else tempfile.mkdtemp(prefix="physioray-events-")
+        # Removed together with this object.
+        self.beside = None if folder.is_local else tempfile.TemporaryDirectory(prefix="physioray-events-")
+        self.local = folder.path if self.beside is None else self.beside.name
         self.writers: dict[int, Any] = {}
 
     def _find(self, record: TrialRecord) -> str:
