@@ -11,7 +11,8 @@ Cost: 1,000 windows, 32 contexts x 128 draws: minutes per checkpoint of preset s
 Watch: the line of progress; OUT/figures.html at the end, OUT/numbers.parquet for further statistics.
 Expect: in the paper, vertical bands and a drift to EEG from scratch; attention aligned in time after masked
     pretraining, with a drift to EMG without drop and equal shares with it. Few passes leave maps near uniform.
-Answer: open; on excerpts and few passes encoders are near uniform attention, see LOG.md.
+Answer: on 21 real excerpts the encoder trained from scratch drifts to EEG as in the paper; masked ones attend
+    uniformly after 10 passes and in vertical bands after 78, units not equally tuned. Open at the paper's scale.
 """
 
 import argparse

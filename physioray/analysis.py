@@ -121,13 +121,15 @@ def find_checkpoint(path: str) -> Location:
     folder = place if place.name == "checkpoints" else place / "checkpoints"
     if not folder.exists():
         return place
-    config = open_location(folder.uri.rsplit("/", 1)[0]) / "config.json"
-    wanted = config.read_json().get("train", {}).get("select") if config.exists() else "last"
-    best = folder / "best.pt"
-    found = best if wanted == "best" and best.exists() else folder / "last.pt"
-    if not found.exists():
+    last, best = folder / "last.pt", folder / "best.pt"
+    if not last.exists():
         raise StorageError(f"{folder} must hold last.pt, but does not. Has the run finished a pass?")
-    return found
+    if not best.exists():
+        return last
+    config = open_location(folder.uri.rsplit("/", 1)[0]) / "config.json"
+    # A run of experiments says it beside its checkpoints; others say it within, which takes longer to read.
+    settings = config.read_json() if config.exists() else load_checkpoint(last)["identity"]
+    return best if settings.get("train", {}).get("select") == "best" else last
 
 
 def open_checkpoint(place: Location, device: torch.device | str = "cpu") -> OpenedCheckpoint:

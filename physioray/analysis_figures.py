@@ -43,6 +43,9 @@ MAP_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="#d5dde1")
 CAP = 3.6
 """Where the colours of a map end, in units of uniform attention: 0.03 for the paper's 120 tokens (Figure 2)."""
 
+LEAST_REACH = 0.05
+"""Axes of relative numbers reach at least so far to both sides of the number that means nothing."""
+
 HIDDEN_TITLES = {"scattered": "seconds hidden at random", "whole": "one modality hidden whole"}
 
 MODALITY_TITLES = {"eeg": "EEG", "eog": "EOG", "emg": "EMG", "ecg": "ECG", "spo2": "SpO2", "ibi": "IBI"}
@@ -140,6 +143,10 @@ def plot_source_variance(analysis: Analysis) -> Figure:
             axes.set_title(title, fontsize=10)
         panels[0].set_ylabel("relative source variance")
         panels[1].set_ylim(0, None)
+        # Differences in the fourth digit must not fill the panel.
+        low, high = panels[0].get_ylim()
+        even = 1 / len(analysis.grid.names)
+        panels[0].set_ylim(min(low, even - LEAST_REACH), max(high, even + LEAST_REACH))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
         figure.suptitle(analysis.name, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -236,6 +243,8 @@ def plot_reconstruction_errors(analyses: Sequence[Analysis]) -> Figure | None:
                 axes.plot(values, heights, line[2], color=line[0], markersize=5, label=item.name)
                 lows, highs = [_or_nan(n.low) for n in numbers], [_or_nan(n.high) for n in numbers]
                 axes.hlines(heights, lows, highs, color=line[0], lw=1.4)
+            low, high = axes.get_xlim()
+            axes.set_xlim(min(low, 1 - LEAST_REACH), max(high, 1 + LEAST_REACH))
             axes.set(title=HIDDEN_TITLES[way], xlabel="squared error / that of guessing the mean")
         panels[0].set_yticks(range(len(names)), [title_modality(name) for name in names])
         panels[0].invert_yaxis()

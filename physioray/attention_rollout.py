@@ -76,8 +76,9 @@ class AttentionSums:
 
     def merge(self, other: AttentionSums) -> None:
         """Add what another reader has summed over other windows."""
-        self.maps += other.maps
-        self.pairs += other.pairs
+        # Not in place: what has come from another process may be read-only.
+        self.maps = self.maps + other.maps
+        self.pairs = self.pairs + other.pairs
         self.numbers.merge(other.numbers)
         self.windows += other.windows
 

@@ -32,6 +32,7 @@ from physioray.results import (
     read_predictions,
     read_results,
 )
+from physioray.score_tables import EVALUATION_TITLES
 from physioray.signals import TASKS, find_task
 from physioray.storage import Location, StorageError, open_location
 
@@ -160,7 +161,7 @@ def compare_runs(runs: Sequence[FinishedRun], *, draws: int = 1000, seed: int = 
                     one, two, note = _share_windows(tables[0], tables[1], other.name, first.name)
                     found = compare_paired(one, two, task, evaluation=evaluation, draws=draws, seed=seed)
                 except ComparisonError as error:
-                    title = f"{find_task(task).title}, {evaluation.replace('_', ' ')}"
+                    title = f"{find_task(task).title}, {title_evaluation(evaluation)}"
                     refusals.append(f"{title}: {other.name} cannot be compared with {first.name}: {error}")
                     continue
                 notes += [note] if note else []
@@ -232,6 +233,11 @@ def _share_windows(one: pa.Table, other: pa.Table, name: str, other_name: str) -
     return kept[0], kept[1], note if left else ""
 
 
+def title_evaluation(name: str) -> str:
+    """A way to evaluate as tables write it."""
+    return EVALUATION_TITLES.get(name, name.replace("_", " "))
+
+
 def judge(difference: PairedDifference) -> str:
     """`above`, `below`, or that the difference cannot be told from 0."""
     if difference.is_above or difference.is_below:
@@ -251,7 +257,7 @@ def describe_comparison(comparison: Comparison) -> str:
         for item in comparison.differences:
             table.add_row(
                 find_task(item.task).title,
-                item.evaluation.replace("_", " "),
+                title_evaluation(item.evaluation),
                 item.first,
                 f"{item.first_value:.3f}",
                 f"{item.second_value:.3f}",
@@ -297,7 +303,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
                     mark = "^" if item.value >= 0 else "v"
                     axes.plot(item.value, height, mark, color=colour, markerfacecolor=face, markersize=7)
             axes.set(title=find_task(task).title, xlabel=f"difference from {comparison.names[0]}")
-        panels[0].set_yticks(range(len(rows)), [f"{name}\n{way.replace('_', ' ')}" for name, way in rows])
+        panels[0].set_yticks(range(len(rows)), [f"{name}\n{title_evaluation(way)}" for name, way in rows])
         panels[0].set_ylim(len(rows) - 0.5, -0.5)
         return figure
 
@@ -317,7 +323,10 @@ def write_comparison(comparison: Comparison, out: Location) -> Location:
     (out / COMPARISON_FILE).write_json(described)
     text = resources.files("physioray.templates").joinpath("comparison.html.jinja").read_text("utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
-    rows = [(item, find_task(item.task).title, judge(item)) for item in comparison.differences]
+    rows = [
+        (item, find_task(item.task).title, title_evaluation(item.evaluation), judge(item))
+        for item in comparison.differences
+    ]
     page = out / PAGE_FILE
     page.write_text(template.render(comparison=comparison, rows=rows, figure=drawn))
     return page

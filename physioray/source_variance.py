@@ -81,7 +81,7 @@ class SourceVarianceSums:
         """
         variance = self.average()
         shares = _share(variance)
-        softened = softmax(variance, axis=0)
+        softened = _soften(variance)
         return RelativeVariance(
             softmax=self.numbers.estimate(_mean_softmax, draws=draws, seed=seed),
             share=self.numbers.estimate(_mean_share, draws=draws, seed=seed),
@@ -98,7 +98,8 @@ class SourceVarianceSums:
         1 / modalities in the embedding (0 if all count alike).
         """
         related = self.relate(draws=draws, seed=seed)
-        count, people = len(self.grid.names), len(self.numbers)
+        # Modalities that no context has are in no share, so they do not count.
+        count, people = int(np.isfinite(self.average()).all((1, 2)).sum()), len(self.numbers)
         found = []
         for form, estimate, error in (
             ("softmax", related.softmax, related.softmax_error),
@@ -202,10 +203,17 @@ def _average(totals: Mapping[str, Any]) -> np.ndarray:
 
 
 def _share(variance: Float[np.ndarray, "*draws modalities states units"]) -> np.ndarray:
-    """SV_m / sum of SV; NaN for units that do not vary."""
-    total = variance.sum(-3, keepdims=True)
+    """SV_m / sum of SV over the modalities that have one; NaN for units that do not vary."""
+    total = np.nansum(variance, axis=-3, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(total > 0, variance / total, np.nan)
+
+
+def _soften(variance: Float[np.ndarray, "*draws modalities states units"]) -> np.ndarray:
+    """Softmax over the modalities that have a source variance, NaN for the others."""
+    known = np.isfinite(variance)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, softmax(np.where(known, variance, -np.inf), axis=-3), np.nan)
 
 
 def _mean_units(values: np.ndarray) -> np.ndarray:
@@ -217,7 +225,7 @@ def _mean_units(values: np.ndarray) -> np.ndarray:
 
 
 def _mean_softmax(totals: Mapping[str, Any]) -> np.ndarray:
-    return _mean_units(softmax(_average(totals), axis=-3))
+    return _mean_units(_soften(_average(totals)))
 
 
 def _mean_share(totals: Mapping[str, Any]) -> np.ndarray:
@@ -228,8 +236,10 @@ def _measure_drift(totals: Mapping[str, Any]) -> np.ndarray:
     """Drift per modality, of all, and imbalance `(draws, modalities + 2)`."""
     shares = _mean_share(totals)  # (draws, states, modalities); states: tokens, layers, embedding
     drift = shares[:, -2] - shares[:, 1]
-    away = 0.5 * np.abs(shares[:, -1] - 1 / shares.shape[-1]).sum(-1)
-    return np.concatenate([drift, 0.5 * np.abs(drift).sum(-1, keepdims=True), away[:, None]], -1)
+    known = np.isfinite(shares[:, -1]).sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        away = 0.5 * np.nansum(np.abs(shares[:, -1] - 1 / known), -1)
+    return np.concatenate([drift, 0.5 * np.nansum(np.abs(drift), -1, keepdims=True), away[:, None]], -1)
 
 
 def _standard_error(values: Float[np.ndarray, "modalities states units"]) -> np.ndarray:

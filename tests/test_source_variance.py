@@ -117,3 +117,17 @@ def test_contexts_shared_among_readers_add_up() -> None:
     np.testing.assert_allclose(one.average(), whole.average(), rtol=1e-12)
     for a, b in zip(one.list_numbers(**NUMBERS), whole.list_numbers(**NUMBERS), strict=True):
         assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high))
+
+
+def test_a_modality_that_no_context_has_is_in_no_share() -> None:
+    generator = np.random.default_rng(2)
+    three, two = (SourceVarianceSums(TokenGrid({name: 30 for name in names}), 1) for names in (NAMES, NAMES[:2]))
+    for subject in range(4):
+        variance = generator.gamma(1.0, size=(3, 3, 5))
+        variance[2] = np.nan
+        three.add(subject, variance)
+        two.add(subject, variance[:2])
+    found = {(n.quantity, n.place, n.modality): n for n in three.list_numbers(**NUMBERS)}
+    for number in two.list_numbers(**NUMBERS):
+        assert found.pop((number.quantity, number.place, number.modality)) == number
+    assert found and all(n.modality == NAMES[2] and n.value is None for n in found.values())
