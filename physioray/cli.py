@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from physioray import __version__
 
@@ -84,6 +84,12 @@ def _build_parser() -> argparse.ArgumentParser:
     info.add_argument("cohort", metavar="COHORT")
     info.set_defaults(run=_info)
 
+    _add_model_verbs(verbs)
+    return parser
+
+
+def _add_model_verbs(verbs: Any) -> None:
+    """The verbs on what has been trained: scores, steps, inference, export, comparison."""
     evaluate = verbs.add_parser("evaluate", help="score a checkpoint by probes at every training-set size")
     evaluate.add_argument("checkpoint", metavar="RUN", help="folder of a run, or one of its checkpoints")
     evaluate.add_argument("cohort", metavar="COHORT")
@@ -126,7 +132,6 @@ def _build_parser() -> argparse.ArgumentParser:
         "--out", default=None, help="folder for a page, a figure and the numbers (default: print only)"
     )
     compare.set_defaults(run=_compare)
-    return parser
 
 
 def _simulate(options: argparse.Namespace) -> int:

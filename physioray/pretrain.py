@@ -158,13 +158,12 @@ def pretrain(
         torch.set_num_threads(job.threads)
     group = group or WorkerGroup()
     # A pretraining that does not need the test subjects cannot see them.
-    cohort = Cohort.open(job.cohort, test_locked="test" not in job.splits)
-    out, names = open_location(job.out), job.model.modalities
+    cohort, out = Cohort.open(job.cohort, test_locked="test" not in job.splits), open_location(job.out)
+    names = job.model.modalities
     check_modalities(names, cohort, "The model to be pretrained")
     shared: dict[str, Any] = {"batch_size": job.train.batch_size, "seed": job.train.seed, "modalities": names}
     shared |= {"rank": group.rank, "world_size": group.world_size}
     objective = build_objective(job.objective)
-    contrasting = isinstance(job.objective, ContrastiveConfig)
     if getattr(objective, "pairs", False):
         shared["pairs"] = True
     source = make_source(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
@@ -180,7 +179,7 @@ def pretrain(
         source=source,
         validation=validation,
         # Contrastive losses compare the windows of a batch, so validation must mix recordings as training does.
-        validate_mixed=contrasting,
+        validate_mixed=isinstance(job.objective, ContrastiveConfig),
         config=job.train,
         folder=out / "checkpoints",
         keep_passes=frozenset(job.keep_passes),

@@ -17,7 +17,7 @@ from physioray.search_space import Space
 from physioray.selection import fold_selection
 from physioray.steps import find_commit
 from physioray.storage import open_location
-from physioray.strategies import find_strategy
+from physioray.strategies import Strategy, find_strategy
 from physioray.sweep_plan import AshaConfig, Objective, SweepPlan
 from physioray.sweep_trial import RunTrial
 from physioray.trials import TrialPlan, TrialSettings, make_base, run_trial
@@ -90,24 +90,9 @@ def set_up_sweep(
         halving: give up the worse trials early, at rungs of passes over the data (probes alone).
         threads: CPU threads of a trial.
     """
-    cohort, preset, chosen = Cohort.open(options.cohort), find_preset(options.preset), find_strategy(strategy)
-    probe = ProbeConfig(bootstrap_draws=200)
-    if options.seeds is not None:
-        probe = replace(probe, seeds=tuple(range(options.seeds)))
-    passes = options.passes
-    if options.smoke:
-        preset, passes = find_preset("tiny"), passes or 2
-        probe = replace(probe, seeds=probe.seeds[: options.seeds or 1], folds=2, bootstrap_draws=50)
-    passes = passes or preset.train.passes
-    assert chosen.objective is not None
-    tasks = tuple(task for task in probe.tasks if cohort.has_task(task))
-    settings = TrialSettings(
-        model=chosen.fit_model(fit_modalities(preset.model, cohort)),
-        objective=chosen.objective,
-        train=shorten(chosen.fit_train(preset.train), passes),
-        probe=replace(probe, tasks=tasks),
-        finetune=shorten(preset.finetune, 2) if options.smoke else preset.finetune,
-    )
+    cohort, chosen = Cohort.open(options.cohort), find_strategy(strategy)
+    settings = _choose_settings(options, cohort, chosen)
+    passes = settings.train.passes
     rungs = choose_rungs(passes) if halving and evaluation == "probe" else ()
     out = options.out if options.evaluation != "both" else os.path.join(options.out, evaluation)
     place = open_location(options.out)
@@ -135,6 +120,24 @@ def set_up_sweep(
         ),
         run_trial=partial(run_trial, plan=plan),
         out=out,
+    )
+
+
+def _choose_settings(options: argparse.Namespace, cohort: Cohort, chosen: Strategy) -> TrialSettings:
+    """The settings that trials start from: those of the preset, or tiny ones for a trial run."""
+    preset, probe, passes = find_preset(options.preset), ProbeConfig(bootstrap_draws=200), options.passes
+    if options.seeds is not None:
+        probe = replace(probe, seeds=tuple(range(options.seeds)))
+    if options.smoke:
+        preset, passes = find_preset("tiny"), passes or 2
+        probe = replace(probe, seeds=probe.seeds[: options.seeds or 1], folds=2, bootstrap_draws=50)
+    assert chosen.objective is not None
+    return TrialSettings(
+        model=chosen.fit_model(fit_modalities(preset.model, cohort)),
+        objective=chosen.objective,
+        train=shorten(chosen.fit_train(preset.train), passes or preset.train.passes),
+        probe=replace(probe, tasks=tuple(task for task in probe.tasks if cohort.has_task(task))),
+        finetune=shorten(preset.finetune, 2) if options.smoke else preset.finetune,
     )
 
 
