@@ -236,8 +236,11 @@ class Grid:
         step = Step(name="score", version=VERSIONS["score"], settings={"probe": to_dict(config)}, inputs=inputs)
 
         def compute(folder: Location) -> None:
+            job = self.make_training(name, task=task, seed=seed)
+            if find_strategy(name).objective is not None:
+                job = replace(job, checkpoint=self.pretrain(store, name).checkpoint.uri)
             found = evaluate_finetuning(
-                self.make_training(name, task=task, seed=seed),
+                job,
                 config,
                 folds=folds,
                 subsets=None if folds is not None else {size: plan.subsets[size]},

@@ -86,7 +86,7 @@ def test_a_choice_is_the_same_when_the_test_subjects_files_are_gone(cohort: Coho
         source = GatherSource(opened, opened.find_windows(splits=["train", "validation"]), batch_size=16)
         embeddings = embed_windows(make_encode(encoder, source.modalities), source.iterate_all())
         folds, _ = fold_selection(opened, PROBE)
-        found = evaluate_probe(embeddings, opened, PROBE, features="pretrained", folds=folds)
+        found = evaluate_probe(embeddings, opened, PROBE, features="pretrained", folds=folds, scored="validation")
         return [row.value for row in found.scores]
 
     whole = choose(tmp_path / "cohort", tmp_path / "whole")
