@@ -280,7 +280,8 @@ def run_tasks(
     A bounded number of tasks is in flight, and none outlives the iterator.
     """
     # A task whose worker process dies is tried again by Ray; one that raises is not.
-    task: Any = ray.remote(num_cpus=1, max_retries=_CRASH_RETRIES)(_call)
+    name = getattr(getattr(work, "func", work), "__name__", "work")  # as the cluster's dashboard shows the tasks
+    task: Any = ray.remote(num_cpus=1, max_retries=_CRASH_RETRIES)(_call).options(name=name)
     waiting = deque(jobs)
     running: dict[ray.ObjectRef, Job] = {}
     try:
