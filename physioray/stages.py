@@ -39,7 +39,7 @@ from physioray.steps import Step, StepStore
 from physioray.storage import Location, hash_value, open_location
 from physioray.strategies import ModelSettings, build_model, describe_settings
 
-VERSIONS: Mapping[str, int] = {"ingest": 1, "embed": 1, "probe": 1, "finetune": 1, "score": 1}
+VERSIONS: Mapping[str, int] = {"ingest": 1, "embed": 1, "probe": 2, "finetune": 1, "score": 2}
 """Raised when the code of a stage would give another result for the same settings."""
 
 EMBED_BATCH = 64
