@@ -11,7 +11,8 @@ Cost: preset small, 25 passes, two CPU cores, 2,000 windows: minutes for a maske
 Watch: tensorboard --logdir RUN; for the contrastive strategies `watched/negatives`, the negatives an anchor has.
 Expect: in the paper (500 training subjects) sleep 0.744 with drop, 0.734 without, 0.708 leave-one-out, 0.703 pairwise,
     0.656 SimCLR-style, 0.745 for EEG alone. Few passes and few people leave all of them near the untrained encoder.
-Answer: open; one table of all strategies on the same folds is to be filled in here.
+Answer: 10 passes on 21 real excerpts (LOG.md): the contrastive ones reach 0.59 on sleep and leave the untrained encoder
+    (0.57) and band powers (0.55) behind; the masked ones do not (0.54), and predict little more than the mean so far.
 """
 
 import argparse
