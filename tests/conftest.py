@@ -10,5 +10,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="a benchmark: run it with make bench")
     for item in items:
-        if "benchmarks" in item.path.parts:
+        if "benchmarks" in item.path.parts and not item.get_closest_marker("plain"):
             item.add_marker(skip)
