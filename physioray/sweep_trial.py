@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from physioray.leases import Lease, end_if_lost, hold
 from physioray.search_space import Settings, apply_parameters
 from physioray.storage import Location
-from physioray.sweep_journal import SweepJournal
-from physioray.sweep_lease import RUNNING_FILE, end_if_lost, hold
+from physioray.sweep_journal import OWNER_FILE, RUNNING_FILE, SweepJournal
 from physioray.sweep_plan import EPOCH, SECONDS
 
 RUN = "run"
@@ -80,7 +80,7 @@ class Trial:
         spent = self.before + max(0.0, time.time() - self.began)
         line = {name: float(value) for name, value in metrics.items()} | {EPOCH: float(epoch), SECONDS: spent}
         self.reports.append(line)
-        end_if_lost(self.journal.folder, self.token)
+        end_if_lost(self.journal.folder / OWNER_FILE, self.token)
         self.journal.write_reports(self.number, self.reports, ended=False)
         self.channel.send(line)
 
@@ -117,8 +117,10 @@ def run_attempt(
     """
     record = journal.read_trial(number)
     assert record is not None, "a trial is planned before it starts"
-    watch = partial(end_if_lost, journal.folder, token)
-    with hold(journal.find_trial(number) / RUNNING_FILE, token, watch):
+    watch = partial(end_if_lost, journal.folder / OWNER_FILE, token)
+    lease = Lease(journal.find_trial(number) / RUNNING_FILE, token=token)
+    lease.write()
+    with hold(lease, watch):
         reports, ended = journal.read_reports(number)
         for line in reports:
             channel.send(line)

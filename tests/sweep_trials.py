@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from physioray.leases import own
 from physioray.search_space import loguniform, uniform
 from physioray.storage import open_location
 from physioray.sweep_driver import SweepDriver
-from physioray.sweep_journal import SweepJournal, SweepResult, read_sweep
-from physioray.sweep_lease import own_sweep
+from physioray.sweep_journal import OWNER_FILE, SweepJournal, SweepResult, read_sweep
 from physioray.sweep_plan import AshaConfig, Objective, SweepPlan
 from physioray.sweep_trial import RunTrial, Trial, TrialStopped, run_attempt
 
@@ -98,7 +98,7 @@ def sweep_by_hand(plan: SweepPlan, run_trial: RunTrial, out: Any) -> SweepResult
     folder = open_location(out)
     journal = SweepJournal(folder=folder, space=plan.space)
     journal.claim(plan)
-    with own_sweep(folder) as token:
+    with own(folder / OWNER_FILE) as token:
         driver = SweepDriver(plan, journal)
         while (number := driver.start_trial()) is not None:
             channel = ByHand(driver, number)
