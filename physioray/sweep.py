@@ -28,6 +28,7 @@ from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_pl
 from physioray.distribute import Resources, join_cluster
 from physioray.journal import Screen
 from physioray.leases import is_held, own, wait_until_free
+from physioray.memory import give_back_memory
 from physioray.storage import Location, open_location
 from physioray.sweep_driver import SweepDriver
 from physioray.sweep_journal import OWNER_FILE, RUNNING_FILE, SweepJournal, SweepResult, read_sweep
@@ -339,3 +340,5 @@ def _attempt(
         run_attempt(number, run_trial, base=base, journal=journal, channel=channel, token=token, grants=grants)
     except TrialStopped:
         sys.exit(0)
+    finally:
+        give_back_memory()

@@ -75,6 +75,9 @@ class Trial:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise ValueError(f"A trial must report finite numbers, but got {name} = {value!r} at pass {epoch:g}.")
+        if self.workers > 1:
+            # Another process of the trial may have reported in its name, or this is the first worker, started again.
+            self.reports = self.journal.read_reports(self.number)[0]
         if self.reports and epoch <= self.reports[-1][EPOCH]:
             return
         spent = self.before + max(0.0, time.time() - self.began)
