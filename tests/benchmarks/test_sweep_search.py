@@ -162,7 +162,8 @@ def judge(plan: SweepPlan, courses: Mapping[HeadConfig, Course], title: str) -> 
     until = [next((spent for spent, best in run if best >= 0.99 * top), float("inf")) for run in runs]
     spent = [run[-1][0] for run in runs]
     print(
-        f"  {title}: best / grid's best {[f'{share:.4f}' for share in shares]}, median {statistics.median(shares):.4f}\n"
+        f"  {title}: best / grid's best {[f'{share:.4f}' for share in shares]}, "
+        f"median {statistics.median(shares):.4f}\n"
         f"    passes {statistics.median(spent):.0f} of {whole} ({statistics.median(spent) / whole:.1%}); "
         f"within 1 % after {until}, median {statistics.median(until):g}"
     )
