@@ -97,11 +97,11 @@ class Course:
             if how == signal.SIGKILL:
                 # With it goes the head of its cluster, if that is its own.
                 os.killpg(process.pid, signal.SIGKILL)
-                process.join(60)
+                process.join(240)
                 self.set_traps()
             else:
                 os.kill(process.pid, how)
-                process.join(60)
+                process.join(240)
             self.codes.append(process.exitcode)
             for trial in (self.folder / "trials").list():
                 if (trial / "outcome.json").exists():
