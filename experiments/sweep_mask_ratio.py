@@ -15,15 +15,13 @@ import sys
 
 from physioray.cli import guard
 from physioray.distribute import Resources
-from physioray.progress import ProgressLine
 from physioray.search_space import choice
-from physioray.sweep import run_sweep
-from physioray.sweep_report import describe_sweep
-from physioray.sweep_setup import choose_sizes, list_evaluations, parse_options, set_up_sweep
+from physioray.sweep_experiment import run_experiment
+from physioray.sweep_setup import choose_sizes, parse_options
 
 RATIOS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 RESOURCES = Resources(workers=1, cpus_per_worker=1, gpus_per_worker=0)
-"""Of one trial: as many trials run at once as fit."""
+"""Of one trial: as many trials run at once as fit. Several workers train one trial together, under Ray Train."""
 
 
 def main() -> None:
@@ -34,20 +32,7 @@ def main() -> None:
         "objective.mask.drop": choice([True, False]),
         "objective.mask.hidden_ratio": choice([0.3, 0.7, 0.9] if options.smoke else RATIOS),
     }
-    for evaluation in list_evaluations(options):
-        setup = set_up_sweep(options, space, evaluation=evaluation, sampler="grid")
-        with ProgressLine(f"sweep by {evaluation}", "trials") as screen:
-            result = run_sweep(
-                setup.plan,
-                setup.run_trial,
-                setup.out,
-                resources=RESOURCES,
-                address=options.address,
-                concurrent=options.concurrent,
-                screen=screen,
-            )
-        print(describe_sweep(result))
-        print(f"The page with the curves: {setup.out}/sweep.html")
+    run_experiment(options, space, resources=RESOURCES, sampler="grid")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ import sys
 
 from physioray.cli import guard
 from physioray.distribute import Resources
-from physioray.progress import ProgressLine
 from physioray.search_space import choice, uniform
-from physioray.sweep import run_sweep
-from physioray.sweep_report import describe_sweep
-from physioray.sweep_setup import list_evaluations, parse_options, set_up_sweep
+from physioray.sweep_experiment import run_experiment
+from physioray.sweep_setup import parse_options
 
 RESOURCES = Resources(workers=1, cpus_per_worker=1, gpus_per_worker=0)
-"""Of one trial: as many trials run at once as fit."""
+"""Of one trial: as many trials run at once as fit. Several workers train one trial together, under Ray Train."""
 
 
 def main() -> None:
@@ -31,22 +29,8 @@ def main() -> None:
         "objective.mask.drop_probability": uniform(0.0, 1.0),
         "objective.mask.drop_scope": choice(["batch", "sample"]),
     }
-    for evaluation in list_evaluations(options):
-        setup = set_up_sweep(
-            options, space, evaluation=evaluation, sampler="tpe", trials=4 if options.smoke else 20, halving=True
-        )
-        with ProgressLine(f"sweep by {evaluation}", "trials") as screen:
-            result = run_sweep(
-                setup.plan,
-                setup.run_trial,
-                setup.out,
-                resources=RESOURCES,
-                address=options.address,
-                concurrent=options.concurrent,
-                screen=screen,
-            )
-        print(describe_sweep(result))
-        print(f"The page with the curves: {setup.out}/sweep.html")
+    trials = 4 if options.smoke else 20
+    run_experiment(options, space, resources=RESOURCES, sampler="tpe", trials=trials, halving=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from physioray.checkpoint import load_checkpoint, restore_state
 from physioray.data.stream import StreamSource
 from physioray.journal import AfterPass, Screen
+from physioray.local_cluster import start_local_cluster
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.storage import open_location
 from physioray.telemetry import RunTelemetry
@@ -142,10 +143,7 @@ def join_cluster(address: str | None = None, *, cpus: int = 0) -> Iterator[None]
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        count = max(cpus, os.cpu_count() or 1)
-        ray.init(
-            address="local", num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
-        )
+        start_local_cluster(max(cpus, os.cpu_count() or 1), logging_level=logging.WARNING)
     try:
         yield
     finally:

@@ -11,18 +11,17 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from physioray import __version__
-from physioray.leases import Lease, LeaseLost, claim_lease
+from physioray.leases import Lease, LeaseLost, claim_lease, hold, is_held
 from physioray.storage import DONE, Location, StorageError, commit_folder, hash_bytes, hash_value, open_location
 
 STEP_FILE = "step.json"
+LEASE_FILE = "lease.json"
 SMALL = 1 << 20
 """Files up to this size are compared by hash whenever a step is found; larger ones by size (`verify` hashes all)."""
 
@@ -162,7 +161,9 @@ class StepStore:
         told = False
         while (found := self.find(step)) is None:
             lease = claim_lease(
-                self.locate(step), lease_seconds=self.lease_seconds, heartbeat_seconds=self.heartbeat_seconds
+                self.locate(step) / LEASE_FILE,
+                lease_seconds=self.lease_seconds,
+                heartbeat_seconds=self.heartbeat_seconds,
             )
             if lease is not None:
                 try:
@@ -178,7 +179,7 @@ class StepStore:
 
     def _compute(self, step: Step, compute: Callable[[Location], object], lease: Lease, resumable: bool) -> None:
         folder = self.locate(step)
-        with _hold(lease):
+        with hold(lease):
             if (folder / DONE).exists():  # finished between looking and claiming
                 return
             attempt = lease.choose_attempt(resumable)
@@ -287,29 +288,6 @@ def find_commit() -> str:
     return f"{__version__} {done.stdout.strip()}"
 
 
-@contextmanager
-def _hold(lease: Lease) -> Iterator[None]:
-    """Keep a lease alive while the body runs, and let it go afterwards whatever happens."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(lease.heartbeat_seconds):
-            try:
-                if not lease.renew():
-                    return
-            except OSError:
-                continue  # a store that is away for a moment must not end the work; commit checks again
-
-    watcher = threading.Thread(target=beat, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-        lease.release()
-
-
 def _read_done(folder: Location) -> dict[str, Any]:
     try:
         done: dict[str, Any] = (folder / DONE).read_json()
@@ -343,7 +321,7 @@ def _describe_folder(name: str, folder: Location, referred: bool, lease_seconds:
             done = _read_done(folder)
             check_files(folder, done, below=0)
             state, seconds = "done", done.get("seconds")
-        elif Lease.is_held(folder, lease_seconds):
+        elif is_held(folder / LEASE_FILE, lease_seconds=lease_seconds):
             state = "running"
     except (OSError, ValueError):
         state = "damaged"

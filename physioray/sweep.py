@@ -27,10 +27,11 @@ from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_pl
 
 from physioray.distribute import Resources, join_cluster
 from physioray.journal import Screen
+from physioray.leases import is_held, own, wait_until_free
+from physioray.memory import give_back_memory
 from physioray.storage import Location, open_location
 from physioray.sweep_driver import SweepDriver
-from physioray.sweep_journal import SweepJournal, SweepResult, read_sweep
-from physioray.sweep_lease import RUNNING_FILE, is_held, own_sweep, wait_until_free
+from physioray.sweep_journal import OWNER_FILE, RUNNING_FILE, SweepJournal, SweepResult, read_sweep
 from physioray.sweep_plan import SweepPlan
 from physioray.sweep_report import IMPORTANCE_FILE, write_sweep_report
 from physioray.sweep_search import measure_importance
@@ -93,7 +94,7 @@ def run_sweep(
         folder.make_folder()
     journal = SweepJournal(folder=folder, space=plan.space)
     journal.claim(plan)
-    with own_sweep(folder) as token:
+    with own(folder / OWNER_FILE) as token:
         driver = SweepDriver(plan, journal, screen)
         driver.show()
         if not driver.is_done:
@@ -272,7 +273,7 @@ def _free_group(group: str, lease: Location) -> None:
     trial's process lives it would take the loss of its workers for a failure, and start others.
     """
     until = time.monotonic() + 3.0
-    while time.monotonic() < until and is_held(lease, lease=1.0):
+    while time.monotonic() < until and is_held(lease, lease_seconds=3.0):
         time.sleep(0.1)
     time.sleep(0.5)
     try:
@@ -339,3 +340,5 @@ def _attempt(
         run_attempt(number, run_trial, base=base, journal=journal, channel=channel, token=token, grants=grants)
     except TrialStopped:
         sys.exit(0)
+    finally:
+        give_back_memory()

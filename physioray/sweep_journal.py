@@ -5,6 +5,8 @@
     trials/0003/reports.json      what it has reported so far, and whether it came to its end
     trials/0003/outcome.json      finished, stopped or failed, with the reason; written once, last
     trials/0003/run/              the trial's own folder: its checkpoints, stable over restarts
+    owner.json                    while it runs: which process sweeps (see leases)
+    trials/0003/running.json      while it runs: which process runs the trial
 
 Every file is written whole or not at all, on a folder as on a bucket. Nothing is ever unpickled.
 """
@@ -21,6 +23,8 @@ from physioray.storage import Location, StorageError, list_differences, open_loc
 from physioray.sweep_plan import Objective, SweepPlan
 
 SWEEP_FILE = "sweep.json"
+OWNER_FILE = "owner.json"
+RUNNING_FILE = "running.json"
 TRIALS = "trials"
 TENSORBOARD = "tensorboard"
 

@@ -20,7 +20,7 @@ from physioray.storage import open_location
 from physioray.strategies import Strategy, find_strategy
 from physioray.sweep_plan import AshaConfig, Objective, SweepPlan
 from physioray.sweep_trial import RunTrial
-from physioray.trials import TrialPlan, TrialSettings, make_base, run_trial
+from physioray.trials import Here, TrialPlan, TrialSettings, Workplace, make_base, run_trial
 
 Evaluation = Literal["probe", "finetune"]
 
@@ -39,7 +39,6 @@ def parse_options(description: str) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=None, help="how many (default: the experiment's)")
     parser.add_argument("--concurrent", type=int, default=None, help="trials at once (default: as many as fit)")
     parser.add_argument("--address", default=None, help="a running Ray cluster (default: start one here)")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda (default cpu)")
     parser.add_argument("--smoke", action="store_true", help="minutes on two cores: tiny model, 2 passes, few values")
     return parser.parse_args()
 
@@ -76,6 +75,7 @@ def set_up_sweep(
     sampler: Literal["tpe", "grid", "random"] = "grid",
     trials: int | None = None,
     halving: bool = False,
+    place: Workplace = Here(),  # noqa: B008 (frozen)
     threads: int = 1,
 ) -> SweepSetup:
     """A sweep over settings of pretraining or evaluation, scored on validation subjects with the test subjects locked.
@@ -88,7 +88,8 @@ def set_up_sweep(
         sampler: `grid`, `tpe` or `random`.
         trials: how many; of a grid all if None.
         halving: give up the worse trials early, at rungs of passes over the data (probes alone).
-        threads: CPU threads of a trial.
+        place: where a trial works.
+        threads: CPU threads of a worker.
     """
     cohort, chosen = Cohort.open(options.cohort), find_strategy(strategy)
     settings = _choose_settings(options, cohort, chosen)
@@ -102,8 +103,8 @@ def set_up_sweep(
         store=open_location(store).uri,
         evaluation=evaluation,
         rungs=rungs,
-        device=options.device,
         threads=threads,
+        place=place,
         commit=find_commit(),
     )
     return SweepSetup(

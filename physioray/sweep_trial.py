@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from physioray.leases import Lease, end_if_lost, hold
 from physioray.search_space import Settings, apply_parameters
 from physioray.storage import Location
-from physioray.sweep_journal import SweepJournal
-from physioray.sweep_lease import RUNNING_FILE, end_if_lost, hold
+from physioray.sweep_journal import OWNER_FILE, RUNNING_FILE, SweepJournal
 from physioray.sweep_plan import EPOCH, SECONDS
 
 RUN = "run"
@@ -75,12 +75,15 @@ class Trial:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise ValueError(f"A trial must report finite numbers, but got {name} = {value!r} at pass {epoch:g}.")
+        if self.workers > 1:
+            # Another process of the trial may have reported in its name, or this is the first worker, started again.
+            self.reports = self.journal.read_reports(self.number)[0]
         if self.reports and epoch <= self.reports[-1][EPOCH]:
             return
         spent = self.before + max(0.0, time.time() - self.began)
         line = {name: float(value) for name, value in metrics.items()} | {EPOCH: float(epoch), SECONDS: spent}
         self.reports.append(line)
-        end_if_lost(self.journal.folder, self.token)
+        end_if_lost(self.journal.folder / OWNER_FILE, self.token)
         self.journal.write_reports(self.number, self.reports, ended=False)
         self.channel.send(line)
 
@@ -117,8 +120,10 @@ def run_attempt(
     """
     record = journal.read_trial(number)
     assert record is not None, "a trial is planned before it starts"
-    watch = partial(end_if_lost, journal.folder, token)
-    with hold(journal.find_trial(number) / RUNNING_FILE, token, watch):
+    watch = partial(end_if_lost, journal.folder / OWNER_FILE, token)
+    lease = Lease(journal.find_trial(number) / RUNNING_FILE, token=token)
+    lease.write()
+    with hold(lease, watch):
         reports, ended = journal.read_reports(number)
         for line in reports:
             channel.send(line)

@@ -25,12 +25,12 @@ from physioray.pretrainings import PRETRAINING_FILE, Pretraining, pretrain_once
 from physioray.results import CONVERGED, VALIDATION, ScoreRow
 from physioray.selection import SELECTION_SPLITS, fold_selection
 from physioray.stages import EMBED_BATCH, embed_pretrained, finetune_once, probe_once
-from physioray.steps import StepStore
+from physioray.steps import Step, StepStore
 from physioray.storage import Location, open_location
 from physioray.strategies import ModelSettings, ObjectiveSettings
 
-RunPretraining = Callable[[PretrainJob, AfterPass | None], object]
-"""Runs a pretraining, in this process or on a cluster, and tells after every pass."""
+StepsByIdentity = dict[str, Step]
+"""Steps by identity."""
 
 
 @runtime_checkable
@@ -45,9 +45,37 @@ class ReportingTrial(Protocol):
         ...
 
 
-def pretrain_here(job: PretrainJob, after_pass: AfterPass | None) -> object:
-    """Pretrain in this process."""
-    return pretrain(job, after_pass=after_pass)
+@runtime_checkable
+class Workplace(Protocol):
+    """Where a trial does its work: in this process, or on workers of a cluster."""
+
+    @property
+    def device(self) -> str:
+        """What is computed on: `cpu` or `cuda`."""
+        ...
+
+    def pretrain(self, job: PretrainJob, after_pass: AfterPass | None) -> object:
+        """Run a pretraining, and tell after every pass."""
+        ...
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function, called where the device is."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """This process."""
+
+    device: str = "cpu"
+
+    def pretrain(self, job: PretrainJob, after_pass: AfterPass | None) -> object:
+        """Pretrain in this process."""
+        return pretrain(job, device=self.device, after_pass=after_pass)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Call a function in this process."""
+        return function()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +86,8 @@ class TrialPlan:
         cohort, store: paths or URIs.
         evaluation: `probe` (the converged linear probe) or `finetune` (the whole network trained on each task).
         rungs: after which passes of pretraining a probe is fitted and reported; the end is reported in any case.
-        device, threads: where and on how many CPU threads a trial trains.
-        run: runs a pretraining.
+        threads: CPU threads of a worker.
+        place: where the work is done.
         commit: what code computes.
     """
 
@@ -67,9 +95,8 @@ class TrialPlan:
     store: str
     evaluation: Literal["probe", "finetune"] = "probe"
     rungs: tuple[int, ...] = ()
-    device: str = "cpu"
     threads: int | None = 1
-    run: RunPretraining = pretrain_here
+    place: Workplace = Here()
     commit: str = ""
 
 
@@ -106,7 +133,8 @@ def run_trial(trial: ReportingTrial, plan: TrialPlan) -> None:
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     settings = TrialSettings(**trial.settings)
-    scorer = _Scorer.open(plan, settings)
+    # Who cannot be scored is not pretrained either.
+    _Scorer.open(plan, settings)
     job = PretrainJob(
         cohort=plan.cohort,
         out="",
@@ -118,15 +146,26 @@ def run_trial(trial: ReportingTrial, plan: TrialPlan) -> None:
     )
     store = StepStore(open_location(plan.store), commit=plan.commit)
     watch = _Watch(trial=trial, plan=plan, settings=settings) if plan.evaluation == "probe" and plan.rungs else None
-    pretraining = pretrain_once(store, job, run=partial(_run, plan.run, watch))
+    pretraining = pretrain_once(store, job, run=partial(_pretrain, plan.place, watch))
     (trial.folder / PRETRAINING_FILE).write_json({"folder": pretraining.folder.uri})
+    scores, used = plan.place.call(partial(_score, plan, settings, pretraining))
+    trial.report(epoch=settings.train.passes, **scores)
+    store.refer(trial.folder, {**store.used, **used}.values())
+
+
+def _pretrain(place: Workplace, watch: AfterPass | None, job: PretrainJob) -> object:
+    return place.pretrain(job, watch)
+
+
+def _score(
+    plan: TrialPlan, settings: TrialSettings, pretraining: Pretraining
+) -> tuple[dict[str, float], StepsByIdentity]:
+    """Scores of validation subjects after the whole pretraining, and the steps that they rest on."""
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    store, scorer = StepStore(open_location(plan.store), commit=plan.commit), _Scorer.open(plan, settings)
     score = scorer.probe_step if plan.evaluation == "probe" else scorer.finetune
-    trial.report(epoch=settings.train.passes, **summarise(score(store, pretraining)))
-    store.refer(trial.folder)
-
-
-def _run(run: RunPretraining, watch: AfterPass | None, job: PretrainJob) -> object:
-    return run(job, watch)
+    return summarise(score(store, pretraining)), store.used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +207,13 @@ class _Scorer:
         return cls(plan=plan, settings=settings, cohort=cohort, folds=folds, split=split, windows=windows)
 
     def probe_checkpoint(self, checkpoint: Location) -> Evaluation:
-        encoder = load_encoder(checkpoint, self.plan.device)
+        encoder = load_encoder(checkpoint, self.plan.place.device)
         source = GatherSource(
             self.cohort, self.windows, batch_size=EMBED_BATCH, modalities=tuple(self.settings.model.modalities)
         )
-        embeddings = embed_windows(make_encode(encoder, source.modalities, self.plan.device), source.iterate_all())
+        embeddings = embed_windows(
+            make_encode(encoder, source.modalities, self.plan.place.device), source.iterate_all()
+        )
         return evaluate_probe(
             embeddings,
             self.cohort,
@@ -184,7 +225,7 @@ class _Scorer:
         )
 
     def probe_step(self, store: StepStore, pretraining: Pretraining) -> Evaluation:
-        described = embed_pretrained(store, self.cohort, self.windows, pretraining, device=self.plan.device)
+        described = embed_pretrained(store, self.cohort, self.windows, pretraining, device=self.plan.place.device)
         return probe_once(
             store,
             described,
@@ -210,7 +251,7 @@ class _Scorer:
             replace(self.settings.probe, tasks=tasks),
             folds=self.folds,
             scored=VALIDATION,
-            train_one=lambda one: finetune_once(store, one, pretraining, device=self.plan.device),
+            train_one=lambda one: finetune_once(store, one, pretraining, device=self.plan.place.device),
         )
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from physioray.leases import own
 from physioray.search_space import loguniform, uniform
 from physioray.storage import open_location
 from physioray.sweep_driver import SweepDriver
-from physioray.sweep_journal import SweepJournal, SweepResult, read_sweep
-from physioray.sweep_lease import own_sweep
+from physioray.sweep_journal import OWNER_FILE, SweepJournal, SweepResult, read_sweep
 from physioray.sweep_plan import AshaConfig, Objective, SweepPlan
 from physioray.sweep_trial import RunTrial, Trial, TrialStopped, run_attempt
 
@@ -98,7 +98,7 @@ def sweep_by_hand(plan: SweepPlan, run_trial: RunTrial, out: Any) -> SweepResult
     folder = open_location(out)
     journal = SweepJournal(folder=folder, space=plan.space)
     journal.claim(plan)
-    with own_sweep(folder) as token:
+    with own(folder / OWNER_FILE) as token:
         driver = SweepDriver(plan, journal)
         while (number := driver.start_trial()) is not None:
             channel = ByHand(driver, number)
@@ -109,22 +109,24 @@ def sweep_by_hand(plan: SweepPlan, run_trial: RunTrial, out: Any) -> SweepResult
     return read_sweep(folder)
 
 
-def main() -> None:
+def list_changes(sampler: str) -> dict[str, Any]:
+    """Halving depends on who comes first, and of two grid trials at a time either may."""
+    return {"scheduler": None} if sampler == "grid" else {}
+
+
+def drive(out: str, sampler: str, concurrent: int, address: str | None, environment: dict[str, str], log: str) -> None:
+    """The same command every time, in a process and a session of its own."""
+    os.setsid()
+    os.environ.update(environment)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
     from physioray.cli import guard
     from physioray.sweep import run_sweep
 
-    out, sampler, concurrent = sys.argv[1:]
-    # Halving depends on who comes first, and of two grid trials at a time either may.
-    plan = make_plan(sampler, **({"scheduler": None} if sampler == "grid" else {}))
+    plan = make_plan(sampler, **list_changes(sampler))
 
     def run() -> None:
-        run_sweep(plan, fit_logistic, out, concurrent=int(concurrent))
+        run_sweep(plan, fit_logistic, out, concurrent=concurrent, address=address)
 
     sys.exit(guard(run))
-
-
-if __name__ == "__main__":
-    # Under its real name, so that the trials' processes import it and nothing is sent by value.
-    from tests import sweep_trials
-
-    sweep_trials.main()

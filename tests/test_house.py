@@ -13,6 +13,8 @@ SOURCES = sorted(path for folder in ("physioray", "experiments") for path in (RO
 KNOWS_THE_CLUSTER = {
     "physioray.cli",
     "physioray.sweep",
+    "physioray.sweep_experiment",
+    "physioray.local_cluster",
     # The sweep's own two halves: what decides (Optuna, Tune's schedulers) stands apart from what runs (Tune).
     "physioray.sweep_driver",
     "physioray.sweep_search",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from physioray.leases import Lease, hold, is_held, own, wait_until_free
 from physioray.search_space import choice, integers, uniform
 from physioray.storage import StorageError, open_location
 from physioray.sweep_driver import StoppingRule
-from physioray.sweep_journal import SweepJournal, SweepResult, TrialRecord, read_sweep
-from physioray.sweep_lease import describe_process, hold, is_held, own_sweep, wait_until_free
+from physioray.sweep_journal import OWNER_FILE, RUNNING_FILE, SweepJournal, SweepResult, TrialRecord, read_sweep
 from physioray.sweep_plan import AshaConfig, MedianConfig, Objective, SweepPlan
 from physioray.sweep_search import choose_parameters, measure_importance
 from physioray.sweep_trial import Trial
@@ -254,52 +254,61 @@ def test_median_stopping_gives_up_a_trial_below_the_others(tmp_path: Path) -> No
 
 
 def test_a_sweep_has_one_process_at_a_time(tmp_path: Path) -> None:
-    folder = open_location(tmp_path)
-    with own_sweep(folder), pytest.raises(StorageError, match=f"held by process {os.getpid()}"), own_sweep(folder):
+    place = open_location(tmp_path) / OWNER_FILE
+    with own(place), pytest.raises(StorageError, match=f"held by process {os.getpid()}"), own(place):
         pass
     assert not (tmp_path / "owner.json").exists()
 
 
 def test_a_lease_of_a_dead_process_is_free_and_one_elsewhere_after_it_stands_still(tmp_path: Path) -> None:
-    place = open_location(tmp_path) / "running.json"
+    place = open_location(tmp_path) / RUNNING_FILE
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    holder = describe_process()
+    holder = Lease(place).describe()
     stat = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    place.write_json(holder | {"pid": child.pid, "began": stat[19], "beat": 0})
+    place.write_json(holder | {"process": child.pid, "started": stat[19]})
     assert is_held(place)
     child.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 10
+    while is_held(place):
+        # Dead is dead, also before anybody has asked for its exit status.
+        assert time.monotonic() < until
     child.wait()
     assert not is_held(place)
-    place.write_json(holder | {"host": "elsewhere", "beat": 0})
+    place.write_json(holder | {"machine": "elsewhere", "token": "theirs"})
     began = time.monotonic()
-    assert not is_held(place, lease=0.5) and time.monotonic() - began >= 0.5
+    wait_until_free(place, lease_seconds=0.5)
+    assert time.monotonic() - began >= 0.5
     beating = threading.Event()
 
     def beat() -> None:
         count = 0
         while not beating.wait(0.05):
             count += 1
-            place.write_json(holder | {"host": "elsewhere", "beat": count})
+            place.write_json(holder | {"machine": "elsewhere", "beats": count})
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
         with pytest.raises(StorageError, match="elsewhere still works"):
-            wait_until_free(place, patience=0.3, lease=0.5)
+            wait_until_free(place, patience=0.5, lease_seconds=20)
+        with pytest.raises(StorageError, match="on elsewhere"), own(place, lease_seconds=20):
+            pass
     finally:
         beating.set()
         thread.join()
-    wait_until_free(place, patience=5, lease=0.3)
+    wait_until_free(place, patience=20, lease_seconds=0.3)
 
 
 def test_a_worker_whose_sweep_was_taken_over_ends_at_once(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from functools import partial\n"
+        "from physioray.leases import Lease, end_if_lost, hold\n"
         "from physioray.storage import open_location\n"
-        "from physioray.sweep_lease import end_if_lost, hold\n"
         "folder = open_location(sys.argv[1])\n"
-        "with hold(folder / 'running.json', 'old', partial(end_if_lost, folder, 'old')):\n"
+        "lease = Lease(folder / 'running.json', token='old')\n"
+        "lease.write()\n"
+        "with hold(lease, partial(end_if_lost, folder / 'owner.json', 'old')):\n"
         "    print('here', flush=True); time.sleep(60)\n"
     )
     place = open_location(tmp_path) / "owner.json"
@@ -316,7 +325,8 @@ def test_a_worker_whose_sweep_was_taken_over_ends_at_once(tmp_path: Path) -> Non
 
 
 def test_a_lease_that_somebody_else_took_is_not_given_back(tmp_path: Path) -> None:
-    place = open_location(tmp_path) / "running.json"
-    with hold(place, "mine"):
-        place.write_json({"token": "theirs"})
-    assert place.read_json() == {"token": "theirs"}
+    lease = Lease(open_location(tmp_path) / RUNNING_FILE)
+    lease.write()
+    with hold(lease):
+        lease.place.write_json({"token": "theirs"})
+    assert lease.place.read_json() == {"token": "theirs"}

@@ -44,6 +44,7 @@ from physioray.data.ledger import (
 from physioray.data.manifest import IngestSummary, publish_cohort
 from physioray.data.records import RecordEntry, RejectedRecording, is_simulated, list_records
 from physioray.data.subjects import SubjectFacts, read_discontinuities, read_subject_facts
+from physioray.local_cluster import start_local_cluster
 from physioray.signals import BATCH_ROWS
 from physioray.storage import Location, hash_bytes, is_disk_full, open_location
 from physioray.telemetry import export_ingest
@@ -261,9 +262,7 @@ def use_ray(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
+        start_local_cluster(cpus, logging_level=logging.ERROR)
     else:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
