@@ -1,4 +1,4 @@
-"""A real `ray up` of local.yaml onto two test hosts, a run with a host lost in the middle, and `ray down`.
+"""A real `ray up` of local.yaml onto two test hosts, runs, a sweep, a host lost in the middle, and `ray down`.
 
 Called by test_local.py inside namespaces:   python -m tests.cluster.two_hosts FOLDER   writes FOLDER/found.json
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import yaml
 
 from tests.cluster.filled_files import ROOT, TOKEN, fill_local, make_home
 from tests.cluster.hosts import Host, prepare_laboratory
+from tests.cluster.pictures import explain_no_browser, photograph_dashboard, photograph_tensorboard
 from tests.written_cohorts import write_cohort
 
 RAY = str(Path(sys.executable).parent / "ray")
 DASHBOARD = "http://127.0.0.1:8265"
 STARTED = time.monotonic()
 PATIENCE = 4
+ENDS = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def say(text: str) -> None:
@@ -127,16 +130,45 @@ def pretrain(laboratory: Laboratory, name: str, cohort: Path, passes: int) -> Pa
     return run
 
 
+SWEEP_TRIALS = 7
+
+
+def run_small_sweep(laboratory: Laboratory, pictures: Path | None) -> dict[str, Any]:
+    """A sweep of a few trials over both hosts, submitted as a job; pictures of the dashboard are taken meanwhile."""
+    cohort, out = laboratory.folder / "shared" / "labelled", laboratory.folder / "shared" / "sweep"
+    write_cohort(cohort, [20] * 15)
+    laboratory.submit(
+        "sweep", "python", "experiments/sweep_mask_ratio.py", "--cohort", str(cohort), "--out", str(out), "--smoke",
+        "--trials", str(SWEEP_TRIALS),
+    )  # fmt: skip
+    began, hosts = time.monotonic(), set[str]()
+
+    def look() -> str | None:
+        for file in out.glob("trials/*/running.json"):
+            with suppress(OSError, ValueError):  # it has just ended
+                hosts.add(json.loads(file.read_text())["host"])
+        state = laboratory.job_status("sweep")
+        return state if state in ENDS else None
+
+    wait_for("the sweep's first trials", 200, lambda: look() or hosts)
+    if pictures is not None and look() is None:
+        photograph_dashboard(DASHBOARD, TOKEN, "sweep", ["host1", "host2"], pictures, "sweep")
+        say("pictures of the dashboard have been taken")
+    state = wait_for("the end of the sweep", 400, look)
+    return {"state": state, "log": laboratory.job_log("sweep"), "hosts": sorted(hosts),
+            "seconds": time.monotonic() - began, "out": str(out)}  # fmt: skip
+
+
 def finish(laboratory: Laboratory, name: str, seconds: float) -> str:
     state = wait_for(
         f"the end of {name}",
         seconds,
-        lambda: (s := laboratory.job_status(name)) in ("SUCCEEDED", "FAILED", "STOPPED") and s,
+        lambda: (s := laboratory.job_status(name)) in ENDS and s,
     )
     return str(state)
 
 
-def run_disturbed(laboratory: Laboratory, cohort: Path, passes: int) -> dict[str, Any]:
+def run_disturbed(laboratory: Laboratory, cohort: Path, passes: int, pictures: Path | None) -> dict[str, Any]:
     """The same run, in which the second host is lost after a few passes and boots again."""
     lost = laboratory.hosts[1]
     run = pretrain(laboratory, "disturbed", cohort, passes)
@@ -149,6 +181,8 @@ def run_disturbed(laboratory: Laboratory, cohort: Path, passes: int) -> dict[str
     noticed = time.monotonic() - began
     say(f"noticed after {noticed:.1f} s")
     status_lost = laboratory.status()
+    if pictures is not None:
+        photograph_dashboard(DASHBOARD, TOKEN, "disturbed", ["host1", "DEAD"], pictures, "lost")
     lost.start()
     booted = time.monotonic() - began
     say(f"{lost.name} boots after {booted:.1f} s")
@@ -180,7 +214,9 @@ def main(folder: Path) -> None:
     for host in laboratory.hosts:
         host.start()
     say("two hosts are up")
-    found: dict[str, Any] = {}
+    missing = explain_no_browser()
+    pictures = None if missing else folder / "pictures"
+    found: dict[str, Any] = {"no_pictures": missing}
     found["up"] = laboratory.ray("up", "-y", "--no-config-cache", "--disable-usage-stats", str(laboratory.file))
     say("ray up has ended")
     tunnel = subprocess.Popen([RAY, "dashboard", str(laboratory.file)], cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -199,9 +235,15 @@ def main(folder: Path) -> None:
         found["modes"] = [
             oct((host.folder / "home" / ".ray" / "auth_token").stat().st_mode & 0o777) for host in laboratory.hosts
         ]
-        found["disturbed"] = run_disturbed(laboratory, cohort, passes)
+        found["sweep"] = run_small_sweep(laboratory, pictures)
+        say("the sweep has ended")
+        found["disturbed"] = run_disturbed(laboratory, cohort, passes, pictures)
         say("the disturbed run has ended")
-        # A small sweep goes here once experiments/ has one: submit it as `pretrain` does, and compare its table.
+        if pictures is not None:
+            photograph_tensorboard(folder / "shared" / "disturbed", pictures)
+            photograph_tensorboard(folder / "shared" / "sweep", pictures, name="hparams", tab="hparams",
+                                   show="hidden_ratio")  # fmt: skip
+            found["pictures"] = {path.stem: path.stat().st_size for path in pictures.glob("*.png")}
     finally:
         tunnel.terminate()
         found["logs_of_the_head"] = collect_logs(laboratory.hosts[0])
