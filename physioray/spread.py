@@ -76,7 +76,7 @@ def spread_work(
 
 
 def _count_places(threads: int, gpus: float, processes: int | None) -> int:
-    """Pieces that may run now; at least one, so that a cluster without a machine for it sees what is wanted and grows."""
+    """Pieces that may run now; at least one, so that a cluster that has no machine yet sees what is wanted."""
     total = ray.cluster_resources()
     fitting = int(total.get("GPU", 0) / gpus if gpus else total.get("CPU", 0) / threads)
     return max(1, min(fitting, processes or fitting))

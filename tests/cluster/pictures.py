@@ -1,7 +1,4 @@
-"""Looks at Ray's dashboard and at TensorBoard with a real browser, and takes pictures of what it sees.
-
-    python -m tests.cluster.pictures LOGDIR FOLDER     TensorBoard of a folder of runs, as FOLDER/tensorboard.png
-"""
+"""Looks at Ray's dashboard and at TensorBoard with a real browser, and takes pictures of what it sees."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,27 @@ def explain_no_browser() -> str | None:
     return None if CHROMIUM.exists() else f"needs a browser at {CHROMIUM} (apt-get install chromium)"
 
 
+class Camera:
+    """Takes pictures into a folder; one that fails is kept as a sentence, so that what it looks at goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.missing = folder, explain_no_browser()
+        self.failures: list[str] = []
+        folder.mkdir(exist_ok=True)
+
+    def take(self, photograph: Callable[..., None], *arguments: Any, **named: Any) -> None:
+        """Call one of the functions below, if there is a browser."""
+        if self.missing is None:
+            try:
+                photograph(*arguments, folder=self.folder, **named)
+            except Exception as error:
+                self.failures.append(f"{photograph.__name__} {named}: {error}")
+
+    def list_sizes(self) -> dict[str, int]:
+        """Bytes of every picture, by name."""
+        return {path.stem: path.stat().st_size for path in self.folder.glob("*.png")}
+
+
 @contextmanager
 def open_browser(cookie: dict[str, str] | None = None) -> Iterator[Any]:
     """A page of a real browser; a cookie is `name`, `value` and `url`."""
@@ -46,17 +64,16 @@ def open_browser(cookie: dict[str, str] | None = None) -> Iterator[Any]:
             browser.close()
 
 
-def photograph_dashboard(address: str, token: str, job: str, hosts: list[str], folder: Path, name: str) -> None:
-    """Ray's dashboard with a job that runs and the hosts of the cluster, as NAME-jobs.png and NAME-cluster.png."""
-    folder.mkdir(exist_ok=True)
+def photograph_dashboard(address: str, token: str, job: str, shown: list[str], *, folder: Path, name: str) -> None:
+    """Ray's dashboard with a job that runs, and its cluster with some words, as NAME-jobs.png and NAME-cluster.png."""
     with open_browser({"name": "ray-authentication-token", "value": token, "url": address}) as page:
         page.goto(f"{address}/#/jobs")
         row = page.locator("tr", has_text=job).first
-        row.get_by_text("RUNNING").wait_for(timeout=WAIT)
+        row.get_by_text("RUNNING", exact=True).wait_for(timeout=WAIT)
         page.screenshot(path=str(folder / f"{name}-jobs.png"))
         page.goto(f"{address}/#/cluster")
-        for host in hosts:
-            page.get_by_text(host, exact=False).first.wait_for(timeout=WAIT)
+        for text in shown:
+            page.get_by_text(text, exact=False).first.wait_for(timeout=WAIT)
         page.screenshot(path=str(folder / f"{name}-cluster.png"))
 
 
@@ -83,17 +100,12 @@ def serve_tensorboard(logdir: Path, log: Path) -> Iterator[str]:
 
 
 def photograph_tensorboard(
-    logdir: Path, folder: Path, *, name: str = "tensorboard", tab: str = "timeseries", show: str = "train/loss"
+    logdir: Path, *, folder: Path, name: str = "tensorboard", tab: str = "timeseries", show: str = "train/loss"
 ) -> None:
     """A tab of TensorBoard that shows a given text, as NAME.png."""
-    folder.mkdir(exist_ok=True)
     with serve_tensorboard(logdir, folder / "tensorboard.log") as address, open_browser() as page:
         page.goto(f"{address}/#{tab}")
         page.get_by_text(show, exact=False).first.wait_for(timeout=WAIT)
         # Curves are drawn a moment after their titles.
         page.wait_for_timeout(3000)
         page.screenshot(path=str(folder / f"{name}.png"))
-
-
-if __name__ == "__main__":
-    photograph_tensorboard(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -98,6 +98,7 @@ def test_a_browser_sees_the_running_jobs_the_hosts_and_the_curves(found: dict[st
     if found["no_pictures"]:
         pytest.skip(found["no_pictures"])
     # The browser has waited for the words that must be there (tests/cluster/pictures.py); an empty page is small.
+    assert found["pictures_failed"] == []
     for name in ("sweep-jobs", "sweep-cluster", "lost-jobs", "lost-cluster", "tensorboard", "hparams"):
         assert found["pictures"][name] > 20_000, name
 

@@ -20,7 +20,7 @@ import yaml
 
 from tests.cluster.filled_files import ROOT, TOKEN, fill_local, make_home
 from tests.cluster.hosts import Host, prepare_laboratory
-from tests.cluster.pictures import explain_no_browser, photograph_dashboard, photograph_tensorboard
+from tests.cluster.pictures import Camera, photograph_dashboard, photograph_tensorboard
 from tests.written_cohorts import write_cohort
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -133,7 +133,7 @@ def pretrain(laboratory: Laboratory, name: str, cohort: Path, passes: int) -> Pa
 SWEEP_TRIALS = 7
 
 
-def run_small_sweep(laboratory: Laboratory, pictures: Path | None) -> dict[str, Any]:
+def run_small_sweep(laboratory: Laboratory, camera: Camera) -> dict[str, Any]:
     """A sweep of a few trials over both hosts, submitted as a job; pictures of the dashboard are taken meanwhile."""
     cohort, out = laboratory.folder / "shared" / "labelled", laboratory.folder / "shared" / "sweep"
     write_cohort(cohort, [20] * 15)
@@ -151,9 +151,7 @@ def run_small_sweep(laboratory: Laboratory, pictures: Path | None) -> dict[str, 
         return state if state in ENDS else None
 
     wait_for("the sweep's first trials", 200, lambda: look() or hosts)
-    if pictures is not None and look() is None:
-        photograph_dashboard(DASHBOARD, TOKEN, "sweep", ["host1", "host2"], pictures, "sweep")
-        say("pictures of the dashboard have been taken")
+    camera.take(photograph_dashboard, DASHBOARD, TOKEN, "sweep", ["host1", "host2"], name="sweep")
     state = wait_for("the end of the sweep", 400, look)
     return {"state": state, "log": laboratory.job_log("sweep"), "hosts": sorted(hosts),
             "seconds": time.monotonic() - began, "out": str(out)}  # fmt: skip
@@ -168,7 +166,7 @@ def finish(laboratory: Laboratory, name: str, seconds: float) -> str:
     return str(state)
 
 
-def run_disturbed(laboratory: Laboratory, cohort: Path, passes: int, pictures: Path | None) -> dict[str, Any]:
+def run_disturbed(laboratory: Laboratory, cohort: Path, passes: int, camera: Camera) -> dict[str, Any]:
     """The same run, in which the second host is lost after a few passes and boots again."""
     lost = laboratory.hosts[1]
     run = pretrain(laboratory, "disturbed", cohort, passes)
@@ -181,8 +179,7 @@ def run_disturbed(laboratory: Laboratory, cohort: Path, passes: int, pictures: P
     noticed = time.monotonic() - began
     say(f"noticed after {noticed:.1f} s")
     status_lost = laboratory.status()
-    if pictures is not None:
-        photograph_dashboard(DASHBOARD, TOKEN, "disturbed", ["host1", "DEAD"], pictures, "lost")
+    camera.take(photograph_dashboard, DASHBOARD, TOKEN, "disturbed", ["host1", "DEAD"], name="lost")
     lost.start()
     booted = time.monotonic() - began
     say(f"{lost.name} boots after {booted:.1f} s")
@@ -214,9 +211,8 @@ def main(folder: Path) -> None:
     for host in laboratory.hosts:
         host.start()
     say("two hosts are up")
-    missing = explain_no_browser()
-    pictures = None if missing else folder / "pictures"
-    found: dict[str, Any] = {"no_pictures": missing}
+    camera = Camera(folder / "pictures")
+    found: dict[str, Any] = {"no_pictures": camera.missing}
     found["up"] = laboratory.ray("up", "-y", "--no-config-cache", "--disable-usage-stats", str(laboratory.file))
     say("ray up has ended")
     tunnel = subprocess.Popen([RAY, "dashboard", str(laboratory.file)], cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -235,15 +231,14 @@ def main(folder: Path) -> None:
         found["modes"] = [
             oct((host.folder / "home" / ".ray" / "auth_token").stat().st_mode & 0o777) for host in laboratory.hosts
         ]
-        found["sweep"] = run_small_sweep(laboratory, pictures)
+        found["sweep"] = run_small_sweep(laboratory, camera)
         say("the sweep has ended")
-        found["disturbed"] = run_disturbed(laboratory, cohort, passes, pictures)
+        found["disturbed"] = run_disturbed(laboratory, cohort, passes, camera)
         say("the disturbed run has ended")
-        if pictures is not None:
-            photograph_tensorboard(folder / "shared" / "disturbed", pictures)
-            photograph_tensorboard(folder / "shared" / "sweep", pictures, name="hparams", tab="hparams",
-                                   show="hidden_ratio")  # fmt: skip
-            found["pictures"] = {path.stem: path.stat().st_size for path in pictures.glob("*.png")}
+        shared = folder / "shared"
+        camera.take(photograph_tensorboard, shared / "disturbed")
+        camera.take(photograph_tensorboard, shared / "sweep", name="hparams", tab="hparams", show="hidden_ratio")
+        found |= {"pictures": camera.list_sizes(), "pictures_failed": camera.failures}
     finally:
         tunnel.terminate()
         found["logs_of_the_head"] = collect_logs(laboratory.hosts[0])
