@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("hosts")
     isolated = ("unshare", "--net", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child")
     command = [*isolated, sys.executable, "-m", "tests.cluster.two_hosts", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     keep_pictures(folder / "pictures")
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     found = json.loads((folder / "found.json").read_text()) | {"printed": done.stdout}

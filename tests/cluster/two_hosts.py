@@ -74,7 +74,7 @@ class Laboratory:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             stdin=subprocess.DEVNULL,
         )
         if done.returncode:
@@ -145,8 +145,9 @@ def run_small_sweep(laboratory: Laboratory, camera: Camera) -> dict[str, Any]:
 
     def look() -> str | None:
         for file in out.glob("trials/*/running.json"):
-            with suppress(OSError, ValueError):  # it has just ended
-                hosts.add(json.loads(file.read_text())["host"])
+            with suppress(OSError):  # it has just ended
+                text = file.read_text()
+                hosts.update(host.name for host in laboratory.hosts if host.name in text)
         state = laboratory.job_status("sweep")
         return state if state in ENDS else None
 

@@ -1,11 +1,14 @@
-"""Names that stand in downloaded files cannot lead out of the folders that they belong to."""
+"""What stands in downloaded files can neither name files elsewhere nor run code."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
+from physioray.checkpoint import load_checkpoint
 from physioray.data.headers import check_inside
 from physioray.data.ledger import key_entries
 from physioray.data.mirror import Mirror
@@ -83,3 +86,13 @@ def test_a_cohort_in_a_bucket_cannot_name_the_place_of_its_copies(tmp_path: Path
     with pytest.raises(StorageError, match="SHA-256"):
         mirror.fetch(open_location(shard), "../../outside")
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_before_it_does(tmp_path: Path) -> None:
+    trap = type("Trap", (), {"__reduce__": lambda _: (Path.touch, (tmp_path / "ran",))})
+    (tmp_path / "last.pt").write_bytes(pickle.dumps({"format": 1, "model": trap()}))
+    torch.save({"format": 1, "model": trap()}, tmp_path / "zipped.pt")
+    for name in ("last.pt", "zipped.pt"):
+        with pytest.raises(StorageError, match="whole checkpoint"):
+            load_checkpoint(open_location(tmp_path / name))
+    assert not (tmp_path / "ran").exists()
