@@ -14,6 +14,10 @@ from physioray.sweep_journal import SweepJournal, SweepResult, TrialRecord, Tria
 from physioray.sweep_plan import EPOCH, AshaConfig, SweepPlan
 from physioray.sweep_search import choose_parameters
 
+LOST_MACHINE = "its node has died"
+"""Ray's words when a trial's machine is gone, as spot machines go: no failure of the trial's own."""
+MOST_LOSSES = 20
+
 
 class _Who:
     """A trial as Ray Tune's schedulers know one: by its identifier."""
@@ -152,7 +156,8 @@ class SweepDriver:
             record = replace(record, failures=(*before, self.deaths.pop(number, "its process died")))
             self.journal.write_failures(number, record.failures)
         self.records[number] = record
-        if len(record.failures) > self.plan.max_failures:
+        losses = sum(LOST_MACHINE in reason for reason in record.failures)
+        if len(record.failures) - min(losses, MOST_LOSSES) > self.plan.max_failures:
             self._commit(number, "failed", record.failures[-1])
         else:
             if self.screen is not None:

@@ -70,6 +70,8 @@ def test_without_the_token_nothing_is_told_and_nothing_runs(found: dict[str, Any
 def test_the_token_is_on_every_host_for_its_owner_alone_and_in_no_output(found: dict[str, Any]) -> None:
     assert found["modes"] == ["0o600", "0o600"]
     assert TOKEN not in json.dumps(found)
+    # Logs of Ray, of jobs and of the runs lie in the hosts' folders too.
+    assert found["files_with_the_token"] == [f"{home}/.ray/auth_token" for home in ("home", "host1/home", "host2/home")]
 
 
 def test_two_workers_on_two_hosts_pretrain(found: dict[str, Any]) -> None:

@@ -252,7 +252,14 @@ def main(folder: Path) -> None:
     found["seconds_to_nothing"] = time.monotonic() - began
     found["left"] = {host.name: host.list_commands() for host in laboratory.hosts}
     say(f"nothing of Ray is left after {found['seconds_to_nothing']:.1f} s more")
+    found["files_with_the_token"] = find_token(folder)
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def find_token(folder: Path) -> list[str]:
+    """Files of the hosts, Ray's logs and runs among them, in which the token stands."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.stat().st_size]
+    return sorted(str(path.relative_to(folder)) for path in files if TOKEN.encode() in path.read_bytes())
 
 
 def list_ray(host: Host) -> list[str]:
