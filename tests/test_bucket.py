@@ -27,6 +27,11 @@ from physioray.study import run_study
 from tests.written_cohorts import write_cohort
 
 
+PROBE = ProbeConfig(
+    tasks=("sleep",), seeds=(0,), folds=2, penalties=(0.1,), bootstrap_draws=20, recipe_passes=2, recipe_min_steps=20
+)
+
+
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of an empty bucket on this machine."""
@@ -70,8 +75,7 @@ def run(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         keep_passes=(0, 1),
         threads=1,
     )
-    probe = ProbeConfig(tasks=("sleep",), seeds=(0,), folds=2, penalties=(0.1,), bootstrap_draws=20)
-    write_report(run_study(job, run_pretraining=pretrain, probe=probe))
+    write_report(run_study(job, run_pretraining=pretrain, probe=PROBE))
     return f"{bucket}/run"
 
 
@@ -106,10 +110,10 @@ def test_a_study_keeps_checkpoints_results_and_page_in_the_bucket(run: str) -> N
 
 
 def test_a_checkpoint_is_scored_with_steps_in_the_bucket(
-    run: str, bucket: str, capsys: pytest.CaptureFixture[str]
+    run: str, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", run, f"{bucket}/cohort", "--out", f"{bucket}/scores", "--seeds", "1", "--tasks", "sleep"]
-    assert main(command) == 0
+    monkeypatch.setattr("physioray.config.ProbeConfig", lambda: PROBE)
+    assert main(["evaluate", run, f"{bucket}/cohort", "--out", f"{bucket}/scores"]) == 0
     assert read_results(open_location(f"{bucket}/scores/results.jsonl"))
     assert "<html" in open_location(f"{bucket}/scores/report.html").read_text()
     capsys.readouterr()

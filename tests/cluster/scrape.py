@@ -37,6 +37,8 @@ def prepare(folder: Path) -> None:
         "OMP_NUM_THREADS": "1",
         # Both sides every second, so that a short run leaves enough points.
         "RAY_metrics_report_interval_ms": "1000",
+        # Beside other jobs Ray's workers (niceness 15) stand still.
+        "RAY_worker_niceness": "0",
     }
 
 
