@@ -13,19 +13,21 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs as pafs
 
+from physioray.checkpoint_scores import score_checkpoint
 from physioray.cli import main
 from physioray.config import ProbeConfig
+from physioray.data.cohort import Cohort
 from physioray.data.simulate import simulate_cohort
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, pretrain
 from physioray.pretrained import load_model
 from physioray.report import write_report
 from physioray.results import read_results
+from physioray.steps import StepStore
 from physioray.storage import Location, is_committed, open_location
 from physioray.strategies import find_strategy
 from physioray.study import run_study
 from tests.written_cohorts import write_cohort
-
 
 PROBE = ProbeConfig(
     tasks=("sleep",), seeds=(0,), folds=2, penalties=(0.1,), bootstrap_draws=20, recipe_passes=2, recipe_min_steps=20
@@ -110,12 +112,13 @@ def test_a_study_keeps_checkpoints_results_and_page_in_the_bucket(run: str) -> N
 
 
 def test_a_checkpoint_is_scored_with_steps_in_the_bucket(
-    run: str, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: str, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("physioray.config.ProbeConfig", lambda: PROBE)
-    assert main(["evaluate", run, f"{bucket}/cohort", "--out", f"{bucket}/scores"]) == 0
-    assert read_results(open_location(f"{bucket}/scores/results.jsonl"))
-    assert "<html" in open_location(f"{bucket}/scores/report.html").read_text()
+    out = open_location(f"{bucket}/scores")
+    score_checkpoint(run, Cohort.open(f"{bucket}/cohort"), StepStore(out.folder / "steps"), out, probe=PROBE)
+    write_report(out)
+    assert read_results(out / "results.jsonl")
+    assert "<html" in (out / "report.html").read_text()
     capsys.readouterr()
     assert main(["steps", f"{bucket}/steps", "--verify"]) == 0
     printed = capsys.readouterr().out
