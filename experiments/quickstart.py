@@ -2,7 +2,7 @@
 
 Question: on this cohort, does masked pretraining with modality drop (Fang et al. 2024, MultiMAE + input modality
     drop) give a frozen encoder whose linear probe beats the same encoder untrained, and beats band powers?
-Run: python experiments/quickstart.py --cohort COHORT --out RUN [--preset small] [--address auto]
+Run: python experiments/quickstart.py --cohort COHORT --out RUN [--preset small] [--gpus-per-worker 1] [--address auto]
 Cost: preset small, 25 passes, 2,000 windows: 8 minutes on two CPU cores (LOG.md). Preset paper: a GPU and days.
 Watch: tensorboard --logdir RUN, and RUN/report.html at the end.
 Expect: sleep stages clear chance (0.20) by far. On a small cohort the untrained encoder and band powers are close or
@@ -14,8 +14,6 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-
-import torch
 
 from physioray.cli import guard
 from physioray.config import ProbeConfig
@@ -35,11 +33,14 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the run; run again, it goes on where it stopped")
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--passes", type=int, default=None, help="passes over the data (default: the preset's)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train together (default 1)")
+    parser.add_argument("--gpus-per-worker", type=int, default=0, choices=(0, 1), help="(default 0)")
     parser.add_argument("--address", default=None, help="a running Ray cluster (default: start one here)")
     options = parser.parse_args()
 
-    # What is trained, and on what: cost stands beside the learning rate.
-    resources = Resources(workers=1, gpus_per_worker=1 if torch.cuda.is_available() else 0)
+    # What is trained, and on what: cost stands beside the learning rate. Spot machines come and go: a lost worker is
+    # replaced often before the run gives up.
+    resources = Resources(workers=options.workers, gpus_per_worker=options.gpus_per_worker, retries=10)
     preset = find_preset(options.preset)
     train = replace(preset.train, passes=preset.train.passes if options.passes is None else options.passes)
     job = PretrainJob(

@@ -176,6 +176,8 @@ def pretrain_on_cluster(
         if joined:
             _await_resources(resources, screen)
         _check_resources(resources)
+        if not resources.gpus_per_worker and (idle := ray.cluster_resources().get("GPU", 0)) and screen is not None:
+            screen.say(f"The cluster has {idle:.0f} GPUs, but none was asked for: --gpus-per-worker 1 trains on them.")
         out = open_location(job.out)
         # Workers have working folders of their own, so a relative path must not reach them.
         job = replace(job, cohort=open_location(job.cohort).uri, out=out.uri)

@@ -48,12 +48,10 @@ def spread_work(
     threads = grid.threads or 1
     grid = replace(grid, cohort=open_location(grid.cohort).uri, store=open_location(grid.store).uri)
     with join_cluster(address):
-        total = ray.cluster_resources()
-        fitting = total.get("GPU", 0) / gpus if gpus else total.get("CPU", 1) / threads
-        most = max(1, min(int(fitting), processes or int(fitting)))
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries)(_do_work)
         waiting, running = list(work), dict[Any, Work]()
         while waiting or running:
+            most = _count_places(threads, gpus, processes)
             late = deadline is not None and time.monotonic() > deadline
             unfinished = {item.strategy for item in (*waiting, *running.values()) if item.kind == "pretrain"}
             ready = [item for item in waiting if item.kind == "pretrain" or item.strategy not in unfinished]
@@ -75,6 +73,13 @@ def spread_work(
                     failures[item] = reason
                 end(item)
     return failures
+
+
+def _count_places(threads: int, gpus: float, processes: int | None) -> int:
+    """Pieces that may run now; at least one, so that a cluster that has no machine yet sees what is wanted."""
+    total = ray.cluster_resources()
+    fitting = int(total.get("GPU", 0) / gpus if gpus else total.get("CPU", 0) / threads)
+    return max(1, min(fitting, processes or fitting))
 
 
 def _do_work(grid: Grid, item: Work) -> str:

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import ray
 import ray.tune
+import ray.util.metrics
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
@@ -36,6 +38,7 @@ from physioray.sweep_plan import SweepPlan
 from physioray.sweep_report import IMPORTANCE_FILE, write_sweep_report
 from physioray.sweep_search import measure_importance
 from physioray.sweep_trial import RunTrial, TrialStopped, run_attempt
+from physioray.telemetry import export_sweep
 
 LINE = "line/"
 """Reports travel under this prefix, apart from the metrics that Ray Tune adds by itself."""
@@ -77,7 +80,8 @@ def run_sweep(
             more it starts a run on the cluster itself, whose first worker reports.
         out: path or URI of the sweep's folder, empty or of this sweep.
         resources: of each trial.
-        address: of a running Ray cluster, `auto` for the one this machine belongs to; None starts one here.
+        address: of a running Ray cluster, `auto` for the one this machine belongs to; None takes the one that the
+            environment names in RAY_ADDRESS (a submitted job's is its cluster), else starts one here.
         concurrent: trials at a time; as many as fit if None. With one at a time the search is repeatable.
         screen: where progress is shown.
 
@@ -89,7 +93,7 @@ def run_sweep(
         ValueError: the cluster has no room for a single trial.
         KeyboardInterrupt: after all trials have been stopped; the same call goes on.
     """
-    folder = open_location(out)
+    folder, address = open_location(out), address or os.environ.get("RAY_ADDRESS") or None
     if folder.is_local:
         folder.make_folder()
     journal = SweepJournal(folder=folder, space=plan.space)
@@ -132,6 +136,7 @@ def _run_trials(
     with _join_cluster(address, resources), _tune_storage(driver.journal.folder, address) as storage:
         room = _Room(resources, concurrent, may_grow=address is not None)
         room.check()
+        driver.tell = partial(export_sweep, ray.util.metrics, driver.journal.folder.name)
         attempt = ray.tune.with_parameters(
             _attempt, run_trial=run_trial, base=driver.plan.base, journal=driver.journal, token=token, grants=grants
         )

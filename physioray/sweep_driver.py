@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
@@ -13,6 +13,10 @@ from physioray.sweep_events import SweepEvents, list_metrics
 from physioray.sweep_journal import SweepJournal, SweepResult, TrialRecord, TrialState
 from physioray.sweep_plan import EPOCH, AshaConfig, SweepPlan
 from physioray.sweep_search import choose_parameters
+
+LOST_MACHINE = "its node has died"
+"""Ray's words when a trial's machine is gone, as spot machines go: no failure of the trial's own."""
+MOST_LOSSES = 20
 
 
 class _Who:
@@ -79,10 +83,13 @@ class SweepDriver:
         plan: the sweep.
         journal: of its folder, claimed.
         screen: where progress is shown.
+
+    `tell`, if set, takes the number of trials in each state and the best score so far, whenever one changes.
     """
 
     def __init__(self, plan: SweepPlan, journal: SweepJournal, screen: Screen | None = None) -> None:
         self.plan, self.journal, self.screen = plan, journal, screen
+        self.tell: Callable[[Mapping[str, int], float | None], None] | None = None
         self.total = plan.count_trials()
         self.records = {record.number: record for record in journal.read_trials()}
         self.rule = StoppingRule(plan)
@@ -149,7 +156,8 @@ class SweepDriver:
             record = replace(record, failures=(*before, self.deaths.pop(number, "its process died")))
             self.journal.write_failures(number, record.failures)
         self.records[number] = record
-        if len(record.failures) > self.plan.max_failures:
+        losses = sum(LOST_MACHINE in reason for reason in record.failures)
+        if len(record.failures) - min(losses, MOST_LOSSES) > self.plan.max_failures:
             self._commit(number, "failed", record.failures[-1])
         else:
             if self.screen is not None:
@@ -174,18 +182,22 @@ class SweepDriver:
 
     def show(self) -> None:
         """Show counts, the best so far and the time left."""
-        if self.screen is None:
-            return
         result = SweepResult(
             folder=self.journal.folder, settings=self.plan.describe(), trials=tuple(self.records.values())
         )
-        counts = [f"{len(self.running - self.stopped)} running"]
-        counts += [f"{result.count(state)} {state}" for state in ("stopped", "failed") if result.count(state)]
-        if (best := result.best) is not None:
-            metric = self.plan.objectives[0].metric
+        running, metric, best = len(self.running - self.stopped), self.plan.objectives[0].metric, result.best
+        ended = {state: result.count(state) for state in get_args(TrialState) if state != "planned"}
+        done = sum(ended.values())
+        if self.tell is not None:
+            states = {"running": running, "waiting": self.total - done - running, **ended}
+            self.tell(states, None if best is None else best.last[metric])
+        if self.screen is None:
+            return
+        counts = [f"{running} running"]
+        counts += [f"{ended[state]} {state}" for state in ("stopped", "failed") if ended[state]]
+        if best is not None:
             simulated = "SIMULATED " if self.plan.simulated else ""
             counts.append(f"best {simulated}{metric} {best.last[metric]:.4g} (trial {best.number})")
-        done = sum(record.state != "planned" for record in self.records.values())
         self.screen.update(done, self.total, ", ".join(counts))
 
 

@@ -75,7 +75,8 @@ class SweepPlan:
         trials: how many; of a grid all if None. May grow between two runs of the same sweep.
         seed: of the search; a trial's parameters follow from it, its number and the trials before.
         scheduler: when a trial is given up; never if None.
-        max_failures: how often a failing trial is tried again before it is recorded as failed.
+        max_failures: how often a failing trial is tried again before it is recorded as failed; losses of its machine
+            do not count, up to twenty.
         inputs: identities of what trials read (a cohort's fingerprint); another one is another sweep.
         simulated: whether scores are those of simulated signals: every table and page then says so.
         evaluate_command: the command that evaluates the best trial on test subjects, with `{number}` and `{folder}`

@@ -90,6 +90,16 @@ class Header:
         return any(SIMULATED_COMMENT in comment.lower() for comment in self.comments)
 
 
+def check_inside(path: str, what: str) -> None:
+    """Refuse a name from a file of somebody else's that leads out of the folder it belongs to.
+
+    Raises:
+        RejectedRecording: it is absolute, or has a step such as `..`.
+    """
+    if "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise RejectedRecording(f"{what} must be named by a path within its own folder, but is {path!r}. Rename it.")
+
+
 def read_file(place: Location, remedy: str) -> bytes:
     """Read one file of a recording.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -40,7 +41,9 @@ class Mirror:
 
     def __init__(self, folder: str | os.PathLike[str], cohort: str, max_bytes: float) -> None:
         self.root = Path(folder)
-        self.folder = self.root / cohort
+        # The name comes from the bucket's manifest, and must not lead out of the folder.
+        plain = re.fullmatch(r"[\w-]+", cohort)
+        self.folder = self.root / (cohort if plain else hashlib.sha256(cohort.encode()).hexdigest())
         self.max_bytes = max_bytes
 
     @classmethod
@@ -69,6 +72,8 @@ class Mirror:
         Raises:
             StorageError: what was read is not what the manifest lists.
         """
+        if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise StorageError(f"{source} must have a SHA-256 in the manifest, but it has {sha256!r}. Ingest it again.")
         place = self.folder / f"{sha256 or hashlib.sha256(source.uri.encode()).hexdigest()}.arrow"
         if place.exists():
             return place

@@ -25,6 +25,7 @@ from physioray.data.headers import (
     Header,
     RecordEntry,
     RejectedRecording,
+    check_inside,
     read_file,
 )
 from physioray.data.hypnogram_files import is_hypnogram, pair_hypnograms
@@ -113,7 +114,7 @@ def _list_files(source: Location) -> dict[str, int]:
 def _follow_records(source: Location, files: dict[str, int], folder: str) -> list[str]:
     paths: list[str] = []
     for line in (source / f"{folder}RECORDS").read_text().splitlines():
-        name = line.strip().removesuffix(".hea")
+        name = line.strip().removesuffix(".hea").removeprefix("./")
         if not name or name.startswith("#"):
             continue
         path = folder + name.rstrip("/")
@@ -157,8 +158,10 @@ def read_header(source: Location, entry: RecordEntry) -> Header:
     """Read a recording's header.
 
     Raises:
-        RejectedRecording: it is missing, is no WFDB or EDF header, or does not state the sampling rate.
+        RejectedRecording: it is missing, is no WFDB or EDF header, does not state the sampling rate, or it or a signal
+            file is named by a path that leads out of the source.
     """
+    check_inside(entry.shown, "A recording")
     place = source / f"{entry.path}.hea"
     if entry.file or not place.exists():
         for file in [entry.file] if entry.file else [f"{entry.path}.edf", f"{entry.path}.EDF"]:
@@ -214,6 +217,9 @@ def _convert_header(record: Any, text: str) -> Header:
     channels = []
     for number in range(record.n_sig):
         file = record.file_name[number]
+        if "/" in file:
+            raise RejectedRecording(f"A signal file must stand beside its header, but is {file!r}. Move it there.")
+        check_inside(file, "A signal file")
         column = seen.get(file, 0)
         seen[file] = column + 1
         # wfdb fills a missing gain with 200 per mV; an uncalibrated channel has no unit here.

@@ -16,14 +16,17 @@ import math
 import multiprocessing
 import os
 import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from pyarrow import fs as pafs
 
 from physioray.data import artefacts, body_signals, brain_signals, hypnogram, night
 from physioray.data.artefacts import spoil_signals
@@ -41,6 +44,7 @@ from physioray.data.hypnogram import AGE_DEVIATION, AGE_MEAN
 from physioray.data.night import mark_arousals, simulate_night
 from physioray.data.signal_shapes import upsample
 from physioray.signals import WINDOW_SECONDS
+from physioray.storage import Location, open_location
 
 MARKER = "SIMULATED.json"
 """File that says that a folder is simulated, by which arguments and with which effect sizes."""
@@ -126,12 +130,15 @@ def simulate_record(out: str, record: SimulatedRecord) -> None:
     """Write the folder of one record, whole or not at all; a folder that is whole is left alone.
 
     Args:
-        out: folder of the cohort.
+        out: path or URI of the cohort's folder.
         record: which record.
     """
-    folder = os.path.join(out, record.half, record.name)
     if is_written(out, record):
         return
+    place = open_location(out)
+    if not place.is_local:
+        return _upload_record(place / record.half / record.name, record)
+    folder = os.path.join(out, record.half, record.name)
     # A name of its own, so that a process left over from a killed call cannot write into the same folder.
     beside = os.path.join(out, record.half, f".{record.name}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
     os.makedirs(beside)
@@ -142,6 +149,14 @@ def simulate_record(out: str, record: SimulatedRecord) -> None:
             os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _upload_record(folder: Location, record: SimulatedRecord) -> None:
+    """Write a record here and copy its files into a bucket, which has no renaming: the header comes last."""
+    with tempfile.TemporaryDirectory() as beside:
+        _write_record(beside, record)
+        for name in reversed(record.files):
+            (folder / name).write_bytes(Path(beside, name).read_bytes())
 
 
 def _write_record(folder: str, record: SimulatedRecord) -> None:
@@ -161,9 +176,9 @@ def _write_record(folder: str, record: SimulatedRecord) -> None:
 
 
 def is_written(out: str, record: SimulatedRecord) -> bool:
-    """True if all files of a record are there. A record's folder appears whole, so this suffices."""
-    folder = os.path.join(out, record.half, record.name)
-    return all(os.path.isfile(os.path.join(folder, name)) for name in record.files)
+    """True if all files of a record are there. Each appears whole, so this suffices."""
+    folder = open_location(out) / record.half / record.name
+    return {item.name for item in folder.list()} >= set(record.files)
 
 
 def simulate_cohort(
@@ -181,7 +196,7 @@ def simulate_cohort(
     A call that was interrupted is finished by the same call, with the same bytes; a finished one is left as it is.
 
     Args:
-        out: local folder: new, empty, or holding the same call's work.
+        out: path or URI of a folder: new, empty, or holding the same call's work.
         subjects: number of people, one record each.
         hours: duration of each record (less than a window more); nights shorter than 7.5 h are cut from a random
             place of a full one.
@@ -196,7 +211,9 @@ def simulate_cohort(
     """
     records = list_records(subjects=subjects, hours=hours, seed=seed, unlabelled_share=unlabelled_share)
     arguments = {"subjects": subjects, "hours": hours, "seed": seed, "unlabelled_share": unlabelled_share}
-    _claim_folder(out, arguments)
+    place = open_location(out)
+    out = place.path if place.is_local else place.uri
+    _claim_folder(place, arguments)
     left = [record for record in records if not is_written(out, record)]
     before, total = len(records) - len(left), len(records)
 
@@ -214,11 +231,12 @@ def simulate_cohort(
             tell(done)
     else:
         _simulate_in_processes(out, left, processes, tell)
-    _remove_leftovers(out)
+    if place.is_local:
+        _remove_leftovers(out)
     people = ((record.name, *record.draw_person()) for record in records)
     table = "Record,Sex,Age\n" + "".join(f"{name},{sex},{age}\n" for name, sex, age in people)
-    _write_once(os.path.join(out, "age-sex.csv"), table)
-    _write_once(os.path.join(out, "RECORDS"), "".join(f"{item.half}/{item.name}/{item.name}\n" for item in records))
+    _write_once(place / "age-sex.csv", table)
+    _write_once(place / "RECORDS", "".join(f"{item.half}/{item.name}/{item.name}\n" for item in records))
 
 
 def _remove_leftovers(out: str) -> None:
@@ -269,29 +287,28 @@ def list_effect_sizes() -> dict[str, Any]:
     }
 
 
-def _claim_folder(out: str, arguments: dict[str, Any]) -> None:
+def _claim_folder(out: Location, arguments: dict[str, Any]) -> None:
     """Make the folder this call's, or refuse it if it holds anything else."""
-    marker = os.path.join(out, MARKER)
+    marker = out / MARKER
     text = json.dumps(
         {"simulated": True, "format": FORMAT, "arguments": arguments, "effect_sizes": list_effect_sizes()},
         indent=1,
         sort_keys=True,
     )
-    if os.path.isfile(marker):
-        with open(marker, encoding="utf-8") as source:
-            found = source.read()
+    if marker.exists():
+        found = marker.read_text()
         if found != text + "\n":
             raise FileExistsError(
                 f"{out} must hold this same simulation, but holds {_describe(found)}; asked for: {arguments}. "
                 "Choose another folder, or remove this one."
             )
-    elif os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    elif out.info().type == pafs.FileType.File or out.list():
         raise FileExistsError(
             f"{out} must be a new or empty folder, or hold an earlier run of the same simulation, but it is neither "
             f"(it has no {MARKER}). Choose another folder."
         )
     else:
-        os.makedirs(out, exist_ok=True)
+        out.make_folder()
         _write_once(marker, text + "\n")
 
 
@@ -303,13 +320,7 @@ def _describe(found: str) -> str:
         return f"a {MARKER} that cannot be read"
 
 
-def _write_once(path: str, text: str) -> None:
+def _write_once(place: Location, text: str) -> None:
     """Write a file whole or not at all, and leave it alone if it says the same already."""
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as source:
-            if source.read() == text:
-                return
-    beside = f"{path}{_PARTIAL}"
-    with open(beside, "w", encoding="utf-8", newline="\n") as sink:
-        sink.write(text)
-    os.replace(beside, path)
+    if not place.exists() or place.read_text() != text:
+        place.write_text(text)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from tests.cluster.filled_files import CPU_IMAGE, GPU_IMAGE, ROOT, TOKEN
+from tests.cluster.kept import keep_text
 from tests.cluster.namespaces import ISOLATED, explain_missing
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -30,9 +32,28 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("aws")
     command = [*ISOLATED, sys.executable, "-m", "tests.cluster.launch_aws", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return json.loads((folder / "found.json").read_text())
+    found = json.loads((folder / "found.json").read_text())
+    keep_text("recorded-by-the-simulated-aws.txt", describe_recorded(found))
+    return found
+
+
+def describe_recorded(found: dict[str, Any]) -> str:
+    """What the simulated AWS recorded, for people: the requests by kind, and what was asked of every machine."""
+    kinds = Counter(request["Action"] for request in found["requests"] if "Action" in request)
+    lines = [", ".join(f"{name} {count}" for name, count in sorted(kinds.items()))]
+    for name, request in read_launches(found).items():
+        disk = {key.rsplit(".", 1)[1]: value for key, value in request.items() if key.startswith("BlockDeviceMapping")}
+        lines.append(
+            f"{name}: {request['InstanceType']}, image {request['ImageId']}, "
+            f"{request.get('InstanceMarketOptions.MarketType', 'on demand')}, "
+            f"profile {request['IamInstanceProfile.Name']}, "
+            f"HttpTokens {request['MetadataOptions.HttpTokens']}, disk {disk}"
+        )
+    for rule in found["group"]["IpPermissions"]:
+        lines.append(f"security group: {json.dumps(rule)}")
+    return "\n".join(lines)
 
 
 def name_type(machine: dict[str, Any]) -> str:
