@@ -17,9 +17,11 @@ from physioray.analysis_figures import (
     plot_attention_numbers,
     plot_examples,
     plot_layers,
+    plot_layers_beside,
     plot_reconstruction_errors,
     plot_rollout,
     plot_source_variance,
+    plot_source_variance_beside,
     render_png,
     slug,
     title_modality,
@@ -86,12 +88,14 @@ def draw_all(analyses: Sequence[Analysis]) -> list[Drawing]:
     """Every figure of some checkpoints, in the order of the page; those side by side share their scales."""
     drawings = [Drawing("rollout", f"rollout-{slug(a.name)}", a.name, plot_rollout([a])) for a in analyses]
     drawings.append(Drawing("attention", "attention-numbers", "Attention by layer", plot_attention_numbers(analyses)))
-    for analysis in analyses:
-        own = slug(analysis.name)
-        drawings.append(Drawing("layers", f"layers-{own}", analysis.name, plot_layers(analysis)))
-        drawings.append(
-            Drawing("source_variance", f"source-variance-{own}", analysis.name, plot_source_variance(analysis))
-        )
+    if len(analyses) > 1:
+        names = ", ".join(analysis.name for analysis in analyses)
+        drawings.append(Drawing("layers", "layers", names, plot_layers_beside(analyses)))
+        drawings.append(Drawing("source_variance", "source-variance", names, plot_source_variance_beside(analyses)))
+    else:
+        alone, own = analyses[0], slug(analyses[0].name)
+        drawings.append(Drawing("layers", f"layers-{own}", alone.name, plot_layers(alone)))
+        drawings.append(Drawing("source_variance", f"source-variance-{own}", alone.name, plot_source_variance(alone)))
     errors = plot_reconstruction_errors(analyses)
     if errors is not None:
         drawings.append(Drawing("errors", "reconstruction-errors", "Reconstruction errors", errors))

@@ -204,11 +204,14 @@ def plot_field(result: SweepResult, objective: Objective, name: str = "", alt: s
         for (labels, own), (colour, dash, mark) in zip(groups.items(), LINES, strict=False):
             points = _gather_points(axis, own, objective.metric)
             spots, means, lows, highs = (np.array(column) for column in zip(*points, strict=True))
-            title = ", ".join(f"{name.rsplit('.', 1)[-1]} {label}" for name, label in zip(others, labels, strict=True))
+            title = ", ".join(
+                f"{name.rsplit('.', 1)[-1].replace('_', ' ')} {label}"
+                for name, label in zip(others, labels, strict=True)
+            )
             axes.plot(spots, means, color=colour, ls=dash, marker=mark, markersize=5, label=title or None)
             axes.vlines(spots, lows, highs, color=colour, lw=1.2)
         axis.style(axes)
-        axes.set_ylabel(objective.metric)
+        axes.set(xlabel=axis.name.rsplit(".", 1)[-1].replace("_", " "), ylabel=objective.metric)
         if others:
             figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         return render_svg(figure, name or f"field-{objective.metric}", alt)
