@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from physioray.analysis import VERSION as ANALYSIS_VERSION
 from physioray.analysis import AnalysisJob, AnalysisSums, summarise
@@ -25,6 +25,7 @@ from physioray.work import Kind, Work
 Look = Callable[[AnalysisJob, Screen], AnalysisSums]
 
 
+@runtime_checkable
 class DoWork(Protocol):
     """Does a grid's pieces of work: `work.run_work` or `spread.spread_work`, with what they need bound."""
 
@@ -80,6 +81,7 @@ class Outcome:
     left: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Part(Protocol):
     """One part of the paper."""
 
