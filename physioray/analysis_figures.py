@@ -294,6 +294,7 @@ def plot_reconstruction_errors(analyses: Sequence[Analysis]) -> Figure | None:
             low, high = axes.get_xlim()
             axes.set_xlim(min(low, 1 - LEAST_REACH), max(high, 1 + LEAST_REACH))
             axes.set(title=HIDDEN_TITLES[way], xlabel="squared error / that of guessing the mean")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         panels[0].set_yticks(range(len(names)), [title_modality(name) for name in names])
         panels[0].invert_yaxis()
         handles, labels = panels[0].get_legend_handles_labels()

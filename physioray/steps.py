@@ -200,8 +200,12 @@ class StepStore:
                 place.delete()
             place.make_folder()
             (folder / STEP_FILE).write_json(step.describe() | {"commit": self.commit, "created": time.time()})
-            with self._clock.measure() as spent:
-                compute(place)
+            try:
+                with self._clock.measure() as spent:
+                    compute(place)
+            except Exception:
+                lease.check()  # whoever has taken over has deleted this attempt's files, and its result counts
+                raise
             lease.check()
             names = [f"{attempt}/{item.path[len(place.path) + 1 :]}" for item in _list_files(place)]
             # An older attempt's leftovers are not part of the result.

@@ -29,9 +29,11 @@ CONFIG = ReproductionConfig(
         sizes="tiny",
         pretrained=("multimae", "multimae_drop"),
         scratch=("scratch",),
-        passes=2,
+        passes=1,
         finetune_passes=1,
-        probe=ProbeConfig(seeds=(0,), folds=2, bootstrap_draws=20, recipe_passes=2, recipe_min_steps=20),
+        probe=ProbeConfig(
+            tasks=("sleep",), seeds=(0,), folds=2, bootstrap_draws=20, recipe_passes=2, recipe_min_steps=20
+        ),
         finetune_seeds=1,
         finetune_tasks=("sleep",),
         sizes_asked=1,

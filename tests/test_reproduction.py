@@ -37,7 +37,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("reproduced") / "cohort"
-    write_cohort(folder, [16] * 10)
+    made = write_cohort(folder, [12] * 10)
+    splits = {name: sorted(made.list_subjects(name)) for name in ("pretrain", "train", "validation", "test")}
+    subsets = {"2": splits["train"][:2], "4": splits["train"][:4]}
+    division = {"splits": splits, "training_subsets": subsets, "seed": 0, "stratified": False, "notes": []}
+    (made.location / "splits.json").write_json(division)
     return str(folder)
 
 
@@ -90,7 +94,7 @@ def test_a_second_run_finds_everything_done(
     standings = again.course.look()
     assert not any(standing.missing for standing in standings.values())
     assert "All parts are done" in describe_plan(again.parts, standings, 2)
-    again.run()
+    again.course.run(standings)
     assert list_done(out) == before and not again.screen.updates
 
 
