@@ -17,6 +17,9 @@ COURSE_FILE = "course.json"
 SHOWN = 5
 """Failures of a part that are told one by one; the others are counted."""
 
+LONGEST = 300
+"""Characters of a reason on the page; Ray's own messages fill pages."""
+
 State = Literal["waiting", "running", "done", "failed", "not finished"]
 TIME_IS_UP = "the hours given by --hours were over"
 
@@ -87,7 +90,7 @@ class Course:
         Args:
             standings: see `look`.
             deadline: in `time.monotonic`; no part, and no piece of the grid, is begun after it.
-            after: called after every part that has run.
+            after: called after every part that has run, but the last.
         """
         waiting = [part for part in self.parts if standings[part.name].missing]
         total = sum(standings[part.name].seconds for part in waiting)
@@ -100,7 +103,8 @@ class Course:
             place = f"part {self.parts.index(part) + 1} of {len(self.parts)}, {part.title}"
             self.run_part(part, PartScreen(self.screen, place, before, cost, total), deadline)
             before += cost
-            after()
+            if part is not waiting[-1]:
+                after()
 
     def run_part(self, part: Part, screen: Screen, deadline: float | None) -> None:
         """Run one part, and write down how it went."""
@@ -112,8 +116,9 @@ class Course:
             self.set(part, "not finished", "it was interrupted. The same command goes on.", time.monotonic() - began)
             raise
         except Exception as error:  # whatever stops one part must not stop the others, and is told with its reason
-            (self.out / f"failure-{part.name}.txt").write_text(traceback.format_exc())
-            outcome = Outcome(failures=(f"{type(error).__name__}: {error}",))
+            kept = f"failure-{part.name}.txt"
+            (self.out / kept).write_text(traceback.format_exc())
+            outcome = Outcome(failures=(shorten(f"{type(error).__name__}: {error}", kept),))
         taken = time.monotonic() - began
         if outcome.failures:
             self.set(part, "failed", join_reasons(outcome.failures), taken)
@@ -140,6 +145,13 @@ class PartScreen:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self.screen.say(text)
+
+
+def shorten(text: str, kept: str) -> str:
+    """The first line of a reason, or as much of it as a reader wants; the whole stands in the file `kept`."""
+    first = text.partition("\n")[0]
+    short = first if len(first) <= LONGEST else f"{first[:LONGEST]} ..."
+    return short if short == text else f"{short} (the whole: {kept})"
 
 
 def join_reasons(reasons: Sequence[str]) -> str:
