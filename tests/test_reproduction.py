@@ -52,43 +52,38 @@ def list_done(folder: Path) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def killed(cohort: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]], Reproduction]:
-    """A reproduction killed twice and then run to its end: its folder, what stood after each kill, and its last run."""
-    out, stood = tmp_path_factory.mktemp("killed") / "out", []
-    for sign in ("steps/pretrain/*/done.json", "sweeps/*/trials/0000/outcome.json"):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.reproduced_paper", cohort, str(out)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-        until = time.monotonic() + 240
-        while not list(out.glob(sign)):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < until, f"no {sign}"
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        stood.append(list_done(out))
+def killed(cohort: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float], Reproduction]:
+    """A reproduction killed within its sweep and then run to its end: folder, what stood at the kill, the last run."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    command = [sys.executable, "-m", "tests.reproduced_paper", cohort, str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    until = time.monotonic() + 300
+    while not list(out.glob("sweeps/*/trials/0000/planned.json")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < until, "no trial was begun"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    stood = list_done(out)
     last = make_reproduction(cohort, out)
     last.run()
     return out, stood, last
 
 
 def test_killed_and_typed_again_it_goes_on_and_computes_nothing_twice(
-    killed: tuple[Path, list[dict[str, float]], Reproduction],
+    killed: tuple[Path, dict[str, float], Reproduction],
 ) -> None:
     out, stood, last = killed
     assert [record.state for record in last.course.records.values()] == ["done"] * 6
-    assert 1 <= len(stood[0]) < len(stood[1])
     end = list_done(out)
-    for before in stood:
-        assert {identity: end[identity] for identity in before} == before
-    # Found done: the parts that were whole before the last run. The figures were still to do.
-    assert last.course.records["strategies"].words == "found done"
-    assert last.course.records["figures-scratch"].words == "1 look inside"
+    assert stood and len(end) > len(stood)
+    assert {identity: end[identity] for identity in stood} == stood
+    # The parts that were whole are found done; the sweep and the figures were still to do.
+    words = [record.words for record in last.course.records.values()]
+    assert words[:2] == ["found done", "found done"] and "trials" in words[2] and words[3] == "1 look inside"
 
 
-def test_a_second_run_finds_everything_done(
-    cohort: str, killed: tuple[Path, list[dict[str, float]], Reproduction]
-) -> None:
+def test_a_second_run_finds_everything_done(cohort: str, killed: tuple[Path, dict[str, float], Reproduction]) -> None:
     out, _, _ = killed
     again, before = make_reproduction(cohort, out), list_done(out)
     standings = again.course.look()
@@ -99,7 +94,7 @@ def test_a_second_run_finds_everything_done(
 
 
 def test_one_pretraining_serves_tables_figures_and_sizes(
-    killed: tuple[Path, list[dict[str, float]], Reproduction],
+    killed: tuple[Path, dict[str, float], Reproduction],
 ) -> None:
     """Two for the tables and figures, two for the sweep (one per share of hidden tokens) at two sizes each."""
     store = StepStore(open_location(str(killed[0] / "steps")))
@@ -125,7 +120,7 @@ def test_where_test_subjects_are_held_out_sweeps_share_the_pretraining_of_the_ta
 
 
 def test_the_page_stands_alone_and_says_whose_signals_in_every_heading(
-    killed: tuple[Path, list[dict[str, float]], Reproduction],
+    killed: tuple[Path, dict[str, float], Reproduction],
 ) -> None:
     text = (killed[0] / "reproduction.html").read_text()
     reader = Reader(text)
@@ -145,7 +140,7 @@ def test_the_page_stands_alone_and_says_whose_signals_in_every_heading(
 
 
 def test_the_claim_on_reconstruction_is_checked_with_the_errors_of_multimae(
-    killed: tuple[Path, list[dict[str, float]], Reproduction],
+    killed: tuple[Path, dict[str, float], Reproduction],
 ) -> None:
     text = (killed[0] / "reproduction.html").read_text()
     row = next(row for row in Reader(text).rows if row and "reconstructing EMG" in row[0])
@@ -264,7 +259,7 @@ CHECK = """() => {
 
 @pytest.mark.browser
 def test_the_page_fits_every_screen_asks_for_nothing_and_can_be_read(
-    killed: tuple[Path, list[dict[str, float]], Reproduction], tmp_path: Path
+    killed: tuple[Path, dict[str, float], Reproduction], tmp_path: Path
 ) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
     if not CHROMIUM.exists():
