@@ -86,7 +86,7 @@ class _ConvolvedMaxima(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         padded, won = ctx.saved_tensors
         groups, channels = gradient.shape[1:]
-        total = torch.zeros(channels, ctx.kernel)
+        total = torch.zeros(ctx.kernel, channels)
         spread = gradient.new_empty(_ConvolvedMaxima.CHUNKS, groups, ctx.pool, channels)
         for first in range(0, len(padded), _ConvolvedMaxima.CHUNKS):
             part = slice(first, first + _ConvolvedMaxima.CHUNKS)
@@ -97,8 +97,8 @@ class _ConvolvedMaxima(torch.autograd.Function):
                 rest = rest - features[:, :, moment]
             features[:, :, 0] = rest
             views = padded[part].unfold(1, ctx.kernel, 1)[:, : groups * ctx.pool]
-            total += features.view(-1, channels).t() @ views.reshape(-1, ctx.kernel)
-        return None, total.to(gradient.dtype), None
+            total += views.reshape(-1, ctx.kernel).t() @ features.view(-1, channels)
+        return None, total.t().to(gradient.dtype), None
 
 
 def make_positions(seconds: Float[Tensor, "tokens"], width: int) -> Float[Tensor, "tokens width"]:

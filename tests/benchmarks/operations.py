@@ -9,8 +9,8 @@ from physioray.signals import find_modality
 def count_step_operations(config: ModelConfig, visible: int) -> int:
     """Operations of one window's pretraining step, forward and backward; a multiplication and an addition are two.
 
-    Matrix products and the convolution are counted, nothing else: about 0.56e9 in the preset `small` and 10.4e9 in
-    `paper`. Backward, a product costs twice what it costs forward, and the convolution once, as signals get no gradient.
+    Matrix products and the convolution are counted, nothing else: about 0.55e9 in the preset `small` and 10.4e9 in
+    `paper`. Backward, a product costs twice what it costs forward, and the convolution once: signals get no gradient.
 
     Args:
         config: of the model; its modalities have all been recorded, and all have tokens of the same length.
