@@ -131,7 +131,7 @@ class CrossBlock(nn.Module):
         return queries + self.feed(self.feed_norm(queries))
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Let torch.compile make one kernel of what stands between the products of every layer, when it first runs.
 
     Layer by layer: what is compiled is small, all layers of a kind share it, and the number of visible tokens of a
@@ -139,7 +139,7 @@ def compile_blocks(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Block | CrossBlock):
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, backend=backend)
 
 
 def initialise(module: nn.Module) -> None:
