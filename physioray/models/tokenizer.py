@@ -48,7 +48,9 @@ class ChunkTokenizer(nn.Module):
             # the convolution's time.
             features = functional.linear(padded.unfold(1, 2 * half + 1, 1), weight, bias)
             whole = features.shape[1] // self.pool * self.pool
-            pooled = features[:, :whole].unflatten(1, (-1, self.pool)).amax(2)
+            grouped = features[:, :whole].unflatten(1, (-1, self.pool))
+            # Of numbers that are equal the way back takes one, here as there.
+            pooled = grouped.max(2).values if torch.is_grad_enabled() else grouped.amax(2)
         return self.norm(self.projection(functional.gelu(pooled).flatten(1)))
 
 
