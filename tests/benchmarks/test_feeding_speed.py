@@ -49,7 +49,7 @@ def measure_fed(
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("kind", "preset", "rows"),
-    [("cpu", "small", [64] * 6), pytest.param("cuda", "paper", [1024] * 16, marks=pytest.mark.gpu)],
+    [("cpu", "small", [64] * 4), pytest.param("cuda", "paper", [1024] * 16, marks=pytest.mark.gpu)],
 )
 def test_feeding_while_training(kind: str, preset: str, rows: list[int], tmp_path: Path, notebook: Notebook) -> None:
     title = f"Ray Data feeding a {'GPU' if kind == 'cuda' else 'CPU'} while training, {preset}"

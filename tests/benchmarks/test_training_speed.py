@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -113,18 +112,17 @@ def test_the_path_of_the_gpu_benchmark_works(capsys: pytest.CaptureFixture) -> N
 
 @pytest.mark.benchmark_run
 def test_two_workers_of_one_thread_against_one(notebook: Notebook) -> None:
-    """Preset small, a global batch of 128, gloo over the loopback; seconds on the wall, so the cores must be free."""
+    """The preset's global batch, gloo over the loopback; seconds on the wall, so the cores must be free."""
     sizes = find_preset("small")
-    sizes = replace(sizes, train=replace(sizes.train, batch_size=128))
     figures = take_turns(
         {
-            OURS: lambda: measure_workers(sizes, workers=2, steps=4),
-            "one worker": lambda: measure_workers(sizes, workers=1, steps=4),
+            OURS: lambda: measure_workers(sizes, workers=2, steps=6),
+            "one worker": lambda: measure_workers(sizes, workers=1, steps=6),
         }
     )
     notebook.keep(
         Comparison(
-            title="two workers of one thread, same global batch of 128, small, fp32",
+            title=f"two workers of one thread, same global batch of {sizes.train.batch_size}, small, fp32",
             unit="windows/s",
             better="more",
             figures=figures,
