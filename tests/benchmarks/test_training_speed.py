@@ -56,6 +56,7 @@ def test_training_step_on_a_cpu(preset: str, precision: str, rows: int, steps: i
     )
 
 
+HELD = "the same, batches lying on the device"
 GPU_ROWS = (256, 512, 1024, 2048)
 
 
@@ -73,8 +74,8 @@ def measure_on_device(
     settings = {"precision": "bf16", "rows": rows, "steps": steps, "device": device, "warm": 3}
     figures = take_turns(
         {
-            OURS: lambda: measure_ours(model, sizes, held=True, **settings),
-            "ours, batches copied to the device": lambda: measure_ours(model, sizes, **settings),
+            OURS: lambda: measure_ours(model, sizes, **settings),
+            HELD: lambda: measure_ours(model, sizes, held=True, **settings),
             PLAIN: lambda: plain(steps),
             LIMIT: lambda: measure_matrix_rate("bf16", device) / operations,
         },
@@ -86,7 +87,7 @@ def measure_on_device(
         unit="windows/s",
         better="more",
         figures=figures,
-        goals=(Goal(against=LIMIT, ratio=0.45), Goal(against="ours, batches copied to the device", ratio=0.95)),
+        goals=(Goal(against=LIMIT, ratio=0.45), Goal(against=HELD, ratio=0.95)),
         note=f"SIMULATED noise; {operations / 1e9:.2f} GF a window",
     )
 
