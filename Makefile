@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: setup demo test test-cluster lint bench clean
+.PHONY: setup demo test test-cluster lint bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -39,8 +39,13 @@ test: lint
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster -rs
 
+# Without the run-time type checks of the tests, which would be measured too.
 bench: setup
-	$(BIN)/python -m pytest tests/benchmarks --run-benchmarks -s
+	$(BIN)/python -m pytest tests/benchmarks --run-benchmarks -s -o addopts="-q --strict-markers"
+
+# The training step on a GPU; any Python with torch 2.11 or newer, pyarrow, scipy, jaxtyping and pytest will do.
+bench-gpu:
+	$(PYTHON) -m pytest tests/benchmarks/test_training_speed.py --run-benchmarks -s -rs -m gpu -o addopts=--strict-markers
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache

@@ -49,6 +49,11 @@ def move_array(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on a device, copied through pinned memory where that is faster."""
     # Arrow's memory is read-only, which PyTorch does not know; what follows copies in any case, so copy here.
     tensor = torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())
-    if device.type == "cuda":
+    return move_tensor(tensor, device)
+
+
+def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A GPU copies it from pinned memory when its turn comes, and nobody waits for that."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

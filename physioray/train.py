@@ -21,6 +21,7 @@ from physioray.checkpoint import TrainState, check_identity, load_checkpoint, re
 from physioray.config import TrainConfig, to_dict
 from physioray.data.batches import Batch, BatchSource
 from physioray.data.cohort import StoredModality
+from physioray.data.held import HeldSignals
 from physioray.objectives.loss import LossParts, average, combine_sums
 from physioray.storage import Location
 from physioray.tensors import VALIDATION_PASS, Draw, WindowTensors, move_array
@@ -252,11 +253,12 @@ def to_tensors(
 ) -> WindowTensors:
     """A batch on the device; int16 travels, and becomes floats in scales of the recording there."""
     device = torch.device(device)
+    if isinstance(batch.signals, HeldSignals):
+        stored = {name: signal.to(device) for name, signal in batch.signals.tensors.items()}
+    else:
+        stored = {name: move_array(signal, device) for name, signal in batch.signals.items()}
     return WindowTensors(
-        signals={
-            name: move_array(signal, device).float().mul_(modalities[name].step)
-            for name, signal in batch.signals.items()
-        },
+        signals={name: signal.float().mul_(modalities[name].step) for name, signal in stored.items()},
         present={name: torch.from_numpy(here) for name, here in batch.present.items()},
         labels={task: move_array(label, device).long() for task, label in batch.labels.items()},
         window_id=batch.window_id,

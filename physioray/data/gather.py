@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Int16, Int64
 from numpy.typing import NDArray
 
 from physioray.data.batches import Batch, BatchPlan
@@ -101,9 +101,7 @@ class WindowReader:
         Raises:
             LockedSplitError: a window is of a locked test split.
         """
-        self.cohort.check_unlocked(window_ids)
-        recording = np.searchsorted(self.firsts, window_ids, side="right") - 1
-        row = window_ids - self.firsts[recording]
+        recording, row = self._locate(window_ids)
         signals = {
             name: np.empty((len(window_ids), self.cohort.modalities[name].samples), np.int16) for name in self.names
         }
@@ -113,6 +111,17 @@ class WindowReader:
             inside = line % BATCH_ROWS
             for name in self.names:
                 signals[name][place] = views[name][inside]
+        return self.describe(window_ids, signals)
+
+    def describe(
+        self, window_ids: Int64[np.ndarray, "b"], signals: Mapping[str, Int16[np.ndarray, "b samples"]]
+    ) -> Batch:
+        """The batch of some windows whose signals are there already: the small columns are added.
+
+        Raises:
+            LockedSplitError: a window is of a locked test split.
+        """
+        recording, _ = self._locate(window_ids)
         return Batch(
             signals=signals,
             present={name: self.present[name][window_ids] for name in self.names},
@@ -121,6 +130,11 @@ class WindowReader:
             recording=recording,
             subject=self.subjects[recording],
         )
+
+    def _locate(self, window_ids: Int64[np.ndarray, "b"]) -> tuple[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]]:
+        self.cohort.check_unlocked(window_ids)
+        recording = np.searchsorted(self.firsts, window_ids, side="right") - 1
+        return recording, window_ids - self.firsts[recording]
 
 
 class GatherSource:

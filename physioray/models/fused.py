@@ -15,6 +15,7 @@ from physioray.models.heads import ReconstructionDecoder, fill_queries
 from physioray.models.tokenizer import ChunkTokenizer, make_positions
 from physioray.models.transformer import Block, Sink, initialise, make_vector
 from physioray.signals import find_modality
+from physioray.tensors import move_tensor
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ def lay_out(visible: Mapping[str, Bool[Tensor, "b _"]], device: torch.device) ->
     rows, columns, slots, first = {}, {}, {}, 0
     for name, shown in visible.items():
         row, column = shown.nonzero(as_tuple=True)
-        rows[name], columns[name] = row.to(device), column.to(device)
-        slots[name] = (row * width + slot[row, first + column]).to(device)
+        rows[name], columns[name] = move_tensor(row, device), move_tensor(column, device)
+        slots[name] = move_tensor(row * width + slot[row, first + column], device)
         first += shown.shape[1]
-    real = None if bool((counts == width).all()) else (torch.arange(width)[None] < counts[:, None]).to(device)
+    ragged = bool((counts != width).any())
+    real = move_tensor(torch.arange(width)[None] < counts[:, None], device) if ragged else None
     return Layout(rows=rows, columns=columns, slots=slots, width=width, real=real)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from physioray.config import ReconstructionConfig
 from physioray.objectives.loss import LossParts
 from physioray.objectives.masking import check_visible, draw_visible, find_hidden
-from physioray.tensors import Draw, WindowTensors
+from physioray.tensors import Draw, WindowTensors, move_tensor
 
 
 @runtime_checkable
@@ -84,7 +84,7 @@ def measure_reconstruction(
         if config.normalise_target:
             spread, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (spread + 1e-6).sqrt()
-        weight = hidden[name].to(device=device, dtype=torch.float32)
+        weight = move_tensor(hidden[name], device).float()
         error = (output.float() - target.float()).square().mean(-1)
         # A hidden token is chosen by multiplication with 0 or 1, so absent signals must be finite: ingest writes zeros.
         sums[name] = (error * weight).sum()

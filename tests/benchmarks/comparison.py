@@ -90,6 +90,11 @@ class Notebook:
     def __init__(self, folder: Path) -> None:
         self.path = folder / f"benchmarks-{time.strftime('%Y%m%d-%H%M%S')}.json"
         self.rows: list[Comparison] = []
+        self.not_run: list[str] = []
+
+    def leave_out(self, title: str, reason: str) -> None:
+        """Say in the table that a row was not run, and why."""
+        self.not_run.append(f"{title}: not run yet, {reason}")
 
     def keep(self, row: Comparison) -> None:
         """Add a row, write the file anew, and print the row."""

@@ -23,10 +23,14 @@ def notebook(pytestconfig: pytest.Config) -> Notebook:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     book = config.stash[NOTEBOOK]
-    if not book.rows:
+    if not book.rows and not book.not_run:
         return
     terminalreporter.section("benchmarks, side by side")
     for row in book.rows:
         for line in describe_comparison(row):
             terminalreporter.write_line(line)
+    for line in book.not_run:
+        terminalreporter.write_line(line)
+    if not book.rows:
+        return
     terminalreporter.write_line(f"Every figure: {book.path}")

@@ -8,7 +8,7 @@ import torch
 from physioray.config import ModelConfig
 from physioray.models.fused import FusedEncoder, MaskedAutoencoder, lay_out
 from physioray.models.tokenizer import ChunkTokenizer, make_positions
-from physioray.models.transformer import Attention
+from physioray.models.transformer import Attention, compile_blocks
 from physioray.presets import PRESETS, find_preset
 from physioray.signals import find_modality
 
@@ -181,3 +181,14 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(encoder(signals, visible).tokens, encoder(signals, visible).tokens)
     encoder.train()
     assert not torch.equal(encoder(signals, visible).tokens, encoder(signals, visible).tokens)
+
+
+def test_compiled_layers_keep_the_names_of_weights_and_the_numbers() -> None:
+    model, compiled = build(MaskedAutoencoder), build(MaskedAutoencoder)
+    # The graphs are caught as for a GPU, but run as they are: to generate code takes a minute here.
+    compile_blocks(compiled, backend="eager")
+    assert list(compiled.state_dict()) == list(model.state_dict())
+    signals, visible = make_windows(6), make_visible(6)
+    one, other = model(signals, visible, all_present(6)), compiled(signals, visible, all_present(6))
+    for name in NAMES:
+        torch.testing.assert_close(one[name], other[name])
