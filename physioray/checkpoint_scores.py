@@ -13,12 +13,12 @@ from physioray.evaluate import Evaluation
 from physioray.grid_plan import GridConfig, GridPlan, plan_grid
 from physioray.journal import Screen
 from physioray.pretrainings import open_pretraining
+from physioray.protocol import describe_card, find_labelled_windows
 from physioray.results import PREDICTIONS_FILE, RESULTS_FILE, write_predictions, write_results
 from physioray.signals import LookupMiss
 from physioray.stages import Description, describe_bands, embed_pretrained, embed_untrained, probe_once
 from physioray.steps import StepStore
 from physioray.storage import Location, StorageError
-from physioray.study import describe_card, find_labelled_windows
 
 
 def score_checkpoint(

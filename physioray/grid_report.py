@@ -12,9 +12,9 @@ from physioray.paper.claims import check_claims
 from physioray.paper.pages import TableFiles, write_tables
 from physioray.paper.reference import read_paper
 from physioray.paper.tables import TableContext, fill_tables
+from physioray.protocol import describe_card
 from physioray.results import PREDICTIONS_FILE, RESULTS_FILE, write_predictions, write_results
 from physioray.storage import Location
-from physioray.study import describe_card
 
 
 def narrow_grid(

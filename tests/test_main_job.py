@@ -13,8 +13,9 @@ from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, pretrain
+from physioray.protocol import choose_protocol
 from physioray.report import write_report
-from physioray.study import choose_protocol, run_study
+from physioray.study import run_study
 from tests.written_cohorts import write_cohort
 
 ROOT = Path(__file__).parent.parent
