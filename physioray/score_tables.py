@@ -100,12 +100,20 @@ def list_tasks(rows: Sequence[ScoreRow]) -> tuple[str, ...]:
 
 
 def list_skipped(rows: Sequence[ScoreRow]) -> list[str]:
-    """One sentence per task without any score: which and why."""
+    """One sentence per task without any score, and per kind of features without any: which and why."""
     scored = {row.task for row in rows if row.value is not None}
     sentences = {}
     for row in rows:
         if row.task not in scored and row.note and row.task not in sentences:
             sentences[row.task] = f"{find_task(row.task).title}: {row.note}."
+    kinds: dict[str, list[ScoreRow]] = {}
+    for row in rows:
+        if row.task in scored:
+            kinds.setdefault(row.features, []).append(row)
+    for features, members in kinds.items():
+        note = next((row.note for row in members if row.note), "")
+        if note and all(row.value is None for row in members):
+            sentences[features] = f"{FEATURE_TITLES.get(features, features)}: {note}."
     return list(sentences.values())
 
 

@@ -72,7 +72,7 @@ def test_a_checkpoint_is_scored_beside_its_floors_and_asking_again_computes_noth
     [
         ({"cohort": "other"}, "must have been pretrained on the cohort it is evaluated on"),
         ({"cohort": "eeg", "more": ("--other-cohort",)}, "lacks eog, emg, ecg and has eeg"),
-        ({"run": "cohort"}, "A checkpoint must stand at"),
+        ({"run": "cohort"}, "A run's folder must hold checkpoints/last.pt"),
         ({"run": "nothing"}, "A checkpoint must stand at"),
         ({"more": ("--tasks", "sleep,mood")}, "mood"),
     ],

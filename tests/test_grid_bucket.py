@@ -42,10 +42,11 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Location
     monkeypatch.setenv("PHYSIORAY_MIRROR", str(tmp_path / "mirror"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with serve_bucket("nights") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        place = open_location("s3://nights/mine")
+    name = f"nights-{abs(hash(tmp_path))}"  # the server keeps its buckets from test to test
+    with serve_bucket(name) as environment:
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        place = open_location(f"s3://{name}/mine")
         pafs.copy_files(str(tmp_path / "cohort"), f"{place.path}/cohort", destination_filesystem=place.filesystem)
         yield place
     assert not list((tmp_path / "here").iterdir()), "a URI was taken for a path"

@@ -48,10 +48,11 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
     if request.param == "folder":
         yield open_location(tmp_path / "steps")
         return
-    with serve_bucket("steps") as variables, pytest.MonkeyPatch.context() as environment:
+    bucket = f"steps-{abs(hash(tmp_path))}"  # the server keeps its buckets from test to test
+    with serve_bucket(bucket) as variables, pytest.MonkeyPatch.context() as environment:
         for name, value in variables.items():
             environment.setenv(name, value)
-        yield open_location("s3://steps/of/mine")
+        yield open_location(f"s3://{bucket}/of/mine")
 
 
 class Counter:
