@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -99,6 +100,24 @@ def plot_layers(analysis: Analysis) -> Figure:
         return figure
 
 
+def plot_layers_beside(analyses: Sequence[Analysis]) -> Figure:
+    """Mean attention of every layer (downwards) of several checkpoints (to the right), on one scale (Figure 6)."""
+    rows = max(analysis.layers for analysis in analyses)
+    with figure_style():
+        figure = Figure(figsize=(2.9 * len(analyses) + 0.7, 2.75 * rows + 0.3), layout="constrained")
+        panels = figure.subplots(rows, len(analyses), squeeze=False)
+        for column, analysis in enumerate(analyses):
+            for number in range(rows):
+                axes = panels[number, column]
+                if number >= analysis.layers:
+                    axes.set_axis_off()
+                    continue
+                title = f"{analysis.name}\nlayer {number + 1}" if not number else f"layer {number + 1}"
+                image = draw_map(axes, analysis.maps[number], analysis.grid, title=title)
+        _add_scale(figure, image, panels.ravel().tolist())
+        return figure
+
+
 def draw_map(axes: Axes, weights: Float[np.ndarray, "t t"], grid: TokenGrid, *, title: str) -> AxesImage:
     """One map: attending tokens downwards, attended ones to the right, a line between modalities."""
     image = axes.imshow(weights, cmap=MAP_COLOURS, vmin=0.0, vmax=CAP / len(grid), interpolation="nearest")
@@ -129,12 +148,11 @@ def plot_source_variance(analysis: Analysis) -> Figure:
 
     Bands: 95 % interval of the mean over units, as in the paper; bars: 95 % interval by subject of the contexts.
     """
-    titles = {"softmax": "softmax of variances (the paper's)", "share": "share of the variances"}
     places = name_states(analysis.layers)[1:]
     with figure_style():
         figure = Figure(figsize=(7.4, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharex=True)
-        for axes, (form, title) in zip(panels, titles.items(), strict=True):
+        for axes, (form, title) in zip(panels, VARIANCE_TITLES.items(), strict=True):
             for name, line in zip(analysis.grid.names, _cycle(len(analysis.grid.names)), strict=True):
                 traced = {number.place: number for number in analysis.trace(f"source_variance_{form}", name)}
                 _draw_trace(axes, [traced[place] for place in places], title_modality(name), line)
@@ -150,6 +168,36 @@ def plot_source_variance(analysis: Analysis) -> Figure:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
         figure.suptitle(analysis.name, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return figure
+
+
+VARIANCE_TITLES = {"softmax": "softmax of variances (the paper's)", "share": "share of the variances"}
+
+
+def plot_source_variance_beside(analyses: Sequence[Analysis]) -> Figure:
+    """As `plot_source_variance`, for several checkpoints to the right; each form (downwards) on one scale."""
+    with figure_style():
+        figure = Figure(figsize=(3.1 * len(analyses) + 0.4, 5.6), layout="constrained")
+        panels = figure.subplots(2, len(analyses), sharey="row", squeeze=False)
+        handles: dict[str, Any] = {}
+        for column, analysis in enumerate(analyses):
+            places, names = name_states(analysis.layers)[1:], analysis.grid.names
+            for axes, form in zip(panels[:, column], VARIANCE_TITLES, strict=True):
+                for name, line in zip(names, _cycle(len(names)), strict=True):
+                    traced = {number.place: number for number in analysis.trace(f"source_variance_{form}", name)}
+                    _draw_trace(axes, [traced[place] for place in places], title_modality(name), line)
+                axes.axhline(1 / len(names), color=PALE, lw=0.8, ls=":", zorder=0)
+                _label_layers(axes, places)
+                handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            panels[0, column].set_title(analysis.name)
+        for axes, title in zip(panels[:, 0], VARIANCE_TITLES.values(), strict=True):
+            axes.set_ylabel(title.replace(" (", "\n("))
+        panels[1, 0].set_ylim(0, None)
+        # Differences in the fourth digit must not fill the panel.
+        low, high = panels[0, 0].get_ylim()
+        evens = [1 / len(analysis.grid.names) for analysis in analyses]
+        panels[0, 0].set_ylim(min(low, min(evens) - LEAST_REACH), max(high, max(evens) + LEAST_REACH))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
         return figure
 
 
@@ -246,6 +294,7 @@ def plot_reconstruction_errors(analyses: Sequence[Analysis]) -> Figure | None:
             low, high = axes.get_xlim()
             axes.set_xlim(min(low, 1 - LEAST_REACH), max(high, 1 + LEAST_REACH))
             axes.set(title=HIDDEN_TITLES[way], xlabel="squared error / that of guessing the mean")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         panels[0].set_yticks(range(len(names)), [title_modality(name) for name in names])
         panels[0].invert_yaxis()
         handles, labels = panels[0].get_legend_handles_labels()

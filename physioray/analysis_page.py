@@ -17,9 +17,11 @@ from physioray.analysis_figures import (
     plot_attention_numbers,
     plot_examples,
     plot_layers,
+    plot_layers_beside,
     plot_reconstruction_errors,
     plot_rollout,
     plot_source_variance,
+    plot_source_variance_beside,
     render_png,
     slug,
     title_modality,
@@ -28,12 +30,23 @@ from physioray.analysis_results import NUMBERS_FILE, Analysis, write_numbers
 from physioray.attention_rollout import ROLLOUT
 from physioray.figures import render_svg
 from physioray.reconstruction_quality import HIDDEN_WAYS
+from physioray.results import describe_people
 from physioray.storage import Location
 from physioray.subject_sums import Number
 
 PAGE_FILE = "figures.html"
 
-SECTIONS = ("rollout", "attention", "layers", "source_variance", "errors", "examples")
+ALT = {
+    "rollout": "Map of attention rollout, attending tokens downwards, attended tokens to the right",
+    "attention": "Numbers of attention by layer, a line per checkpoint; the rollout's stand in the table above",
+    "layers": "Maps of the mean attention of every layer",
+    "source_variance": "Relative source variance by layer, a line per modality; the embedding's stands in the table",
+    "errors": "Reconstruction error by modality over that of guessing the mean; the tables have the same",
+    "examples": "A window with its signals, the seconds that the model saw, and what it filled in",
+}
+"""What the figures of a section show, for those who do not see them."""
+
+SECTIONS = tuple(ALT)
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Drawing:
 
     def svg(self) -> str:
         """As an inline SVG element."""
-        return render_svg(self.figure, self.name)
+        return render_svg(self.figure, self.name, f"{ALT[self.section]}: {self.title}")
 
     def png(self) -> bytes:
         """As a PNG."""
@@ -75,12 +88,14 @@ def draw_all(analyses: Sequence[Analysis]) -> list[Drawing]:
     """Every figure of some checkpoints, in the order of the page; those side by side share their scales."""
     drawings = [Drawing("rollout", f"rollout-{slug(a.name)}", a.name, plot_rollout([a])) for a in analyses]
     drawings.append(Drawing("attention", "attention-numbers", "Attention by layer", plot_attention_numbers(analyses)))
-    for analysis in analyses:
-        own = slug(analysis.name)
-        drawings.append(Drawing("layers", f"layers-{own}", analysis.name, plot_layers(analysis)))
-        drawings.append(
-            Drawing("source_variance", f"source-variance-{own}", analysis.name, plot_source_variance(analysis))
-        )
+    if len(analyses) > 1:
+        names = ", ".join(analysis.name for analysis in analyses)
+        drawings.append(Drawing("layers", "layers", names, plot_layers_beside(analyses)))
+        drawings.append(Drawing("source_variance", "source-variance", names, plot_source_variance_beside(analyses)))
+    else:
+        alone, own = analyses[0], slug(analyses[0].name)
+        drawings.append(Drawing("layers", f"layers-{own}", alone.name, plot_layers(alone)))
+        drawings.append(Drawing("source_variance", f"source-variance-{own}", alone.name, plot_source_variance(alone)))
     errors = plot_reconstruction_errors(analyses)
     if errors is not None:
         drawings.append(Drawing("errors", "reconstruction-errors", "Reconstruction errors", errors))
@@ -167,7 +182,9 @@ def render_fragment(analyses: Sequence[Analysis], drawings: Sequence[Drawing] | 
     drawn = list(draw_all(analyses) if drawings is None else drawings)
     content = {
         "analyses": analyses,
-        "simulated": any(analysis.simulated for analysis in analyses),
+        "people": describe_people(
+            any(analysis.simulated for analysis in analyses), max(analysis.facts["subjects"] for analysis in analyses)
+        ),
         "drawings": {section: [item for item in drawn if item.section == section] for section in SECTIONS},
         "rollout": tabulate_rollout(analyses),
         "sources": tabulate_sources(analyses),

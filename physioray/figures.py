@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from xml.sax.saxutils import escape
 
 import matplotlib
 import numpy as np
@@ -58,8 +59,14 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def render_svg(figure: Figure, name: str) -> str:
-    """A figure as an inline SVG element that scales with the page; the same figure gives the same text."""
+def render_svg(figure: Figure, name: str, alt: str = "") -> str:
+    """A figure as an inline SVG element that scales with the page; the same figure gives the same text.
+
+    Args:
+        figure: what is drawn.
+        name: of the figure, different from all others on a page.
+        alt: what it shows, for those who do not see it; made from the name if empty.
+    """
     sink = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(sink, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -69,7 +76,8 @@ def render_svg(figure: Figure, name: str) -> str:
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     # Identifiers share one page: they are told apart by the figure's name.
     body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", body)
-    return f'{head} role="img">{body}'
+    label = escape(alt or f"Figure: {name.replace('-', ' ')}", {'"': "&quot;"})
+    return f'{head} role="img" aria-label="{label}">{body}'
 
 
 def plot_losses(name: str, passes: Sequence[int], train: Sequence[float], held_out: Sequence[float | None]) -> str:

@@ -20,7 +20,7 @@ from physioray.finetune import FinetuneJob, FinetuneResult, evaluate_finetuning
 from physioray.grid_plan import FLOORS, GridConfig, GridPlan, plan_grid
 from physioray.journal import Screen
 from physioray.presets import find_preset
-from physioray.pretrain import PretrainJob, fit_modalities, pretrain
+from physioray.pretrain import PretrainJob, choose_checkpoint, fit_modalities, pretrain
 from physioray.pretrainings import Pretraining, describe_pretraining, pretrain_once
 from physioray.protocol import find_labelled_windows
 from physioray.results import PROBES
@@ -64,7 +64,7 @@ class Grid:
 
     def open_store(self) -> StepStore:
         """The store of the grid's steps."""
-        return StepStore(open_location(self.store), commit=self.commit)
+        return StepStore(open_location(self.store), commit=self.commit, device=self.device)
 
     def list_work(self) -> list[Work]:
         """Every piece of work: pretrainings first, then what rests on them; seeds outermost, so that a grid that is
@@ -221,6 +221,21 @@ class Grid:
     def is_pretrained(self, name: str, store: StepStore) -> bool:
         """True if a strategy's pretraining stands in the store."""
         return store.find(describe_pretraining(self.make_job(name), self.plan.cohort.fingerprint)) is not None
+
+    def find_checkpoint(self, store: StepStore, name: str, task: str = "sleep") -> tuple[Step, Location] | None:
+        """The weights of a strategy: its pretraining's, or from scratch those trained on a task (first seed and fold).
+
+        Returns:
+            What they depend on, and the checkpoint; None if they are not there yet.
+        """
+        if find_strategy(name).objective is not None:
+            found = self.pretrain(store, name) if self.is_pretrained(name, store) else None
+            return None if found is None else (found.step, found.checkpoint)
+        work = Work(kind="train", strategy=name, task=task, size=self.plan.sizes[-1])
+        job, _ = self._make_training(store, work)
+        step = describe_training(job, self.plan.cohort.fingerprint, None)
+        folder = store.find(step)
+        return None if folder is None else (step, choose_checkpoint(folder / "checkpoints", job.train))
 
     def score_training(self, store: StepStore, name: str, *, task: str, seed: int, size: int) -> Evaluation:
         """Scores of one strategy's trainings on a task under one seed, all folds together."""

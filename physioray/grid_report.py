@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -13,10 +13,10 @@ from physioray.config import list_assumptions
 from physioray.grid import Grid
 from physioray.grid_plan import GridConfig
 from physioray.grid_scores import GridScores
-from physioray.paper.claims import check_claims
+from physioray.paper.claims import ClaimResult, check_claims
 from physioray.paper.pages import TableFiles, write_tables
 from physioray.paper.reference import read_paper
-from physioray.paper.tables import TableContext, fill_tables
+from physioray.paper.tables import FilledTable, TableContext, fill_tables
 from physioray.protocol import describe_card
 from physioray.results import (
     PREDICTIONS_FILE,
@@ -88,21 +88,46 @@ def describe_grid(grid: Grid, scores: GridScores) -> TableContext:
     )
 
 
-def write_grid(grid: Grid, scores: GridScores, out: Location) -> TableFiles:
+@dataclass(frozen=True, kw_only=True)
+class FilledGrid:
+    """The paper's tables with a grid's scores, its claims checked on them, and what the headings say."""
+
+    tables: list[FilledTable]
+    claims: list[ClaimResult]
+    context: TableContext
+
+
+def fill_grid(
+    grid: Grid, scores: GridScores, *, reconstruction_errors: Mapping[str, float] | None = None
+) -> FilledGrid:
+    """Fill the tables and check the claims.
+
+    Args:
+        grid: that was computed.
+        scores: see `grid_scores.collect_scores`.
+        reconstruction_errors: see `claims.check_claims`; their claim counts as not run without.
+    """
+    context = describe_grid(grid, scores)
+    return FilledGrid(
+        tables=fill_tables(scores.rows, read_paper(), context),
+        claims=check_claims(scores.rows, predictions=scores.predictions, reconstruction_errors=reconstruction_errors),
+        context=context,
+    )
+
+
+def write_grid(grid: Grid, scores: GridScores, out: Location, filled: FilledGrid | None = None) -> TableFiles:
     """Write tables.html, tables.md, scores.csv, confusions.csv and the result files of a run into a folder.
 
     The grid's steps are then referred to by the folder, so that `physioray steps` keeps them.
     """
-    context = describe_grid(grid, scores)
-    tables = fill_tables(scores.rows, read_paper(), context)
-    claims = check_claims(scores.rows, predictions=scores.predictions)
+    filled = filled or fill_grid(grid, scores)
     write_results(out / RESULTS_FILE, scores.rows)
     write_predictions(out / PREDICTIONS_FILE, list(scores.predictions.values()))
     write_subject_scores(out / SUBJECT_SCORES_FILE, scores.subject_scores)
     write_confusions(out / CONFUSIONS_FILE, scores.predictions)
     (out / "card.json").write_json(describe_card(grid.plan.cohort, grid.plan.protocol))
     (out / "notes.json").write_json(scores.notes)
-    files = write_tables(out, scores.rows, tables, claims, context)
+    files = write_tables(out, scores.rows, filled.tables, filled.claims, filled.context)
     grid.open_store().refer(out, scores.steps)
     return files
 

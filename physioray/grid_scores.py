@@ -16,7 +16,7 @@ from physioray.metrics import AGGREGATE, METRICS
 from physioray.results import ScoreRow, prediction_schema, subject_score_schema
 from physioray.scoring import SubjectCounts, count_people
 from physioray.signals import WINDOWS, find_task
-from physioray.steps import Step, StepStore
+from physioray.steps import Step, StepDamaged, StepStore
 from physioray.strategies import find_strategy
 from physioray.work import Work
 
@@ -52,19 +52,18 @@ def collect_scores(grid: Grid, failures: Mapping[Work, str] | None = None, scree
     found = GridScores(rows=[], notes=list(plan.notes))
     found.notes.extend(f"{work.title}: failed. {reason}" for work, reason in (failures or {}).items())
     broken = {work.strategy for work in failures or {} if work.kind == "pretrain"}
-    for name in (*plan.pretrained, *FLOORS):
-        if name in broken:
-            continue
-        if name not in FLOORS and not grid.is_pretrained(name, store):
-            found.notes.append(f"{name}: not pretrained yet, so nothing that rests on it was run.")
-            continue
+    pretrained = _list_pretrained(grid, store, broken, found.notes)
+    for name in (*pretrained, *FLOORS):
         for size in plan.sizes:
             if any(work.kind == "probe" and (work.strategy, work.size) == (name, size) for work in failures or {}):
                 continue
+            item = Work(kind="probe", strategy=name, size=size)
+            if fault := _find_fault(grid, item, store):
+                found.notes.append(f"{item.title}: {fault}.")
+                continue
             _take(found, grid.probe(store, name, size, screen), name, size == plan.sizes[-1])
     for name in (*plan.finetuned, *plan.scratch):
-        pretrained = name not in broken and name in plan.pretrained and grid.is_pretrained(name, store)
-        if find_strategy(name).objective is None or pretrained:
+        if find_strategy(name).objective is None or name in pretrained:
             for size in plan.sizes if grid.config.whole else plan.sizes[-1:]:
                 _take(
                     found,
@@ -73,6 +72,29 @@ def collect_scores(grid: Grid, failures: Mapping[Work, str] | None = None, scree
                     size == plan.sizes[-1],
                 )
     found.steps.extend(store.used.values())
+    return found
+
+
+def _find_fault(grid: Grid, item: Work, store: StepStore) -> str:
+    """Why there is no result of a piece of work; empty if it is done."""
+    try:
+        return "" if grid.is_done(item, store) else "not run"
+    except StepDamaged as error:
+        return str(error).removesuffix(".")
+
+
+def _list_pretrained(grid: Grid, store: StepStore, broken: set[str], notes: list[str]) -> list[str]:
+    """Strategies whose pretraining is there; a note for each of the others that has not failed just now."""
+    found = []
+    for name in grid.plan.pretrained:
+        if name in broken:
+            continue
+        fault = _find_fault(grid, Work(kind="pretrain", strategy=name), store)
+        if not fault:
+            found.append(name)
+        else:
+            why = "not pretrained yet" if fault == "not run" else f"its pretraining cannot be used ({fault})"
+            notes.append(f"{name}: {why}, so nothing that rests on it was run.")
     return found
 
 
@@ -97,7 +119,7 @@ def _score_trainings(
     for item in work:
         groups.setdefault((item.seed, item.task), []).append(item)
     for (seed, task), items in groups.items():
-        if not any(item in failures for item in items) and all(grid.is_done(item, store) for item in items):
+        if not any(item in failures for item in items) and all(not _find_fault(grid, item, store) for item in items):
             evaluations.append(grid.score_training(store, name, task=task, seed=seed, size=size))
         else:
             missing[task] = missing.get(task, 0) + 1

@@ -47,6 +47,13 @@ SCORED_SPLITS = (TEST, CROSS_VALIDATION, *SELECTING)
 MOST_CLASSES = max(len(task.classes) for task in TASKS.values())
 
 
+def describe_people(simulated: bool, people: int) -> str:
+    """Whose signals a heading is about: `SIMULATED signals, 40 people`, or `real recordings, 21 people`."""
+    return (
+        f"{'SIMULATED signals' if simulated else 'real recordings'}, {people:,} {'person' if people == 1 else 'people'}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
     """One score, with everything needed to know what it is a score of.

@@ -108,7 +108,7 @@ def open_run(path: str, name: str) -> FinishedRun:
     """Read a run's scores and predictions.
 
     Raises:
-        StorageError: the folder lacks one of them.
+        StorageError: the folder lacks one of them, or holds those of several strategies.
     """
     folder = open_location(path)
     for file in (RESULTS_FILE, PREDICTIONS_FILE):
@@ -117,6 +117,12 @@ def open_run(path: str, name: str) -> FinishedRun:
     rows = read_results(folder / RESULTS_FILE)
     if not rows:
         raise StorageError(f"A run to compare must hold scores, but {folder / RESULTS_FILE} is empty.")
+    strategies = list(dict.fromkeys(row.pretraining for row in rows if row.features == FEATURES[0]))
+    if len(strategies) > 1:
+        raise StorageError(
+            f"A run to compare must hold one strategy, but {folder} holds {', '.join(strategies)}, as tables do. "
+            "Score the runs one by one with physioray evaluate, and compare the folders that it writes."
+        )
     model = (folder / "config.json").read_json().get("model") if (folder / "config.json").exists() else None
     sizes = model.get("model", model) if isinstance(model, dict) else {}  # late fusion holds a model within
     return FinishedRun(name, rows, read_predictions(folder / PREDICTIONS_FILE), tuple(sizes.get("modalities", ())))

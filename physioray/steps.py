@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from physioray import __version__
 from physioray.leases import Lease, LeaseLost, claim_lease
+from physioray.stopwatch import Stopwatch
 from physioray.storage import DONE, Location, StorageError, commit_folder, hash_bytes, hash_value, open_location
 
 STEP_FILE = "step.json"
@@ -80,7 +81,9 @@ class StepRecord:
         state: `done`, `running` (someone holds its lease), `unfinished` or `damaged`.
         bytes: size of its files.
         created: seconds since 1970 when it was begun.
-        seconds: it took to compute; None if unfinished.
+        seconds: it took to compute, without the steps that were computed on the way; None if unfinished.
+        cpu_seconds: of the process meanwhile, all its threads together; None if unfinished, or of an older version.
+        device: that computed it, for example `cuda`; empty in an older version.
         commit: version of physioray and commit it was made with, recorded and not part of the identity.
         inputs: by role, identities.
         settings: plain values.
@@ -94,6 +97,8 @@ class StepRecord:
     bytes: int
     created: float
     seconds: float | None
+    cpu_seconds: float | None
+    device: str
     commit: str
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
@@ -107,16 +112,24 @@ class StepStore:
     Args:
         root: the folder; it need not exist yet.
         commit: what code computes, recorded in every step.
+        device: where it computes, recorded in every step.
         lease_seconds: a lease whose heartbeat stands still for so long is taken over.
         heartbeat_seconds: between two heartbeats.
     """
 
     def __init__(
-        self, root: Location, *, commit: str = "", lease_seconds: float = 60, heartbeat_seconds: float = 5
+        self,
+        root: Location,
+        *,
+        commit: str = "",
+        device: str = "cpu",
+        lease_seconds: float = 60,
+        heartbeat_seconds: float = 5,
     ) -> None:
-        self.root, self.commit = root, commit
+        self.root, self.commit, self.device = root, commit, device
         self.lease_seconds, self.heartbeat_seconds = lease_seconds, heartbeat_seconds
         self.used: dict[str, Step] = {}
+        self._clock = Stopwatch()
 
     def locate(self, step: Step) -> Location:
         """The folder that a step has, whether or not it exists."""
@@ -187,22 +200,30 @@ class StepStore:
                 place.delete()
             place.make_folder()
             (folder / STEP_FILE).write_json(step.describe() | {"commit": self.commit, "created": time.time()})
-            began = time.time()
-            compute(place)
+            try:
+                with self._clock.measure() as spent:
+                    compute(place)
+            except Exception:
+                lease.check()  # whoever has taken over has deleted this attempt's files, and its result counts
+                raise
             lease.check()
             names = [f"{attempt}/{item.path[len(place.path) + 1 :]}" for item in _list_files(place)]
             # An older attempt's leftovers are not part of the result.
             for other in folder.list():
                 if other.name.startswith("attempt-") and other.name != attempt:
                     other.delete()
-            commit_folder(folder, [STEP_FILE, *names], attempt=attempt, seconds=round(time.time() - began, 3))
+            commit_folder(folder, [STEP_FILE, *names], attempt=attempt, device=self.device, **spent)
 
-    def list_steps(self) -> list[StepRecord]:
-        """Every step in the store, newest first within its name."""
+    def list_steps(self, within: Location | None = None) -> list[StepRecord]:
+        """Every step in the store, newest first within its name; those that results in a folder rest on, if given."""
         raw = [(kind.name, folder) for kind in self._list_kinds() for folder in kind.list()]
         inputs = {folder.name: _read_inputs(folder) for _, folder in raw}
-        referred = self._find_referred(inputs)
-        records = [_describe_folder(name, folder, folder.name in referred, self.lease_seconds) for name, folder in raw]
+        referred = self._find_referred(inputs, within)
+        records = [
+            _describe_folder(name, folder, folder.name in referred, self.lease_seconds)
+            for name, folder in raw
+            if within is None or folder.name in referred
+        ]
         return sorted(records, key=lambda record: (record.name, -record.created))
 
     def refer(self, place: Location, steps: Iterable[Step] | None = None) -> None:
@@ -232,11 +253,12 @@ class StepStore:
     def _list_kinds(self) -> list[Location]:
         return [item for item in self.root.list() if item.name != "references" and not item.info().is_file]
 
-    def _find_referred(self, inputs: Mapping[str, Mapping[str, str]]) -> set[str]:
+    def _find_referred(self, inputs: Mapping[str, Mapping[str, str]], within: Location | None) -> set[str]:
         waiting: list[str] = []
         for item in (self.root / "references").list():
             content = item.read_json()
-            if open_location(content["place"]).exists():
+            inside = within is None or f"{content['place']}/".startswith(f"{within.uri.rstrip('/')}/")
+            if inside and open_location(content["place"]).exists():
                 waiting += content["steps"]
         found: set[str] = set()
         while waiting:
@@ -336,13 +358,13 @@ def _list_files(folder: Location) -> list[Location]:
 
 def _describe_folder(name: str, folder: Location, referred: bool, lease_seconds: float) -> StepRecord:
     facts: dict[str, Any] = {}
-    state, seconds = "unfinished", None
+    state, done = "unfinished", dict[str, Any]()
     try:
         facts = (folder / STEP_FILE).read_json()
         if (folder / DONE).exists():
             done = _read_done(folder)
             check_files(folder, done, below=0)
-            state, seconds = "done", done.get("seconds")
+            state = "done"
         elif Lease.is_held(folder, lease_seconds):
             state = "running"
     except (OSError, ValueError):
@@ -353,7 +375,9 @@ def _describe_folder(name: str, folder: Location, referred: bool, lease_seconds:
         state=state,
         bytes=sum(item.info().size or 0 for item in _list_files(folder)),
         created=float(facts.get("created", 0.0)),
-        seconds=seconds,
+        seconds=done.get("seconds"),
+        cpu_seconds=done.get("cpu_seconds"),
+        device=str(done.get("device", "")),
         commit=str(facts.get("commit", "")),
         inputs=facts.get("inputs", {}),
         settings=facts.get("settings", {}),

@@ -178,12 +178,13 @@ def _break_name(name: str) -> str:
     return name.replace(".", ".\n")
 
 
-def plot_field(result: SweepResult, objective: Objective) -> str | None:
+def plot_field(result: SweepResult, objective: Objective, name: str = "", alt: str = "") -> str | None:
     """Score against one numeric setting, with intervals, and a line for every combination of the others' values.
 
     The setting is the numeric one with the most values. Intervals are those that the trials report as `METRIC_low` and
     `METRIC_high`; where trials repeat a value, points are means and, without reported intervals, bars reach from the
-    least to the greatest. None where there would be more lines than can be told apart.
+    least to the greatest. None where there would be more lines than can be told apart. `name` and `alt`: see
+    `figures.render_svg`; of several on one page each needs a name of its own.
     """
     axes_of = _list_axes(result)
     trials = _list_scored(result, objective.metric, "finished")
@@ -203,14 +204,17 @@ def plot_field(result: SweepResult, objective: Objective) -> str | None:
         for (labels, own), (colour, dash, mark) in zip(groups.items(), LINES, strict=False):
             points = _gather_points(axis, own, objective.metric)
             spots, means, lows, highs = (np.array(column) for column in zip(*points, strict=True))
-            title = ", ".join(f"{name.rsplit('.', 1)[-1]} {label}" for name, label in zip(others, labels, strict=True))
+            title = ", ".join(
+                f"{name.rsplit('.', 1)[-1].replace('_', ' ')} {label}"
+                for name, label in zip(others, labels, strict=True)
+            )
             axes.plot(spots, means, color=colour, ls=dash, marker=mark, markersize=5, label=title or None)
             axes.vlines(spots, lows, highs, color=colour, lw=1.2)
         axis.style(axes)
-        axes.set_ylabel(objective.metric)
+        axes.set(xlabel=axis.name.rsplit(".", 1)[-1].replace("_", " "), ylabel=objective.metric)
         if others:
             figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-        return render_svg(figure, f"field-{objective.metric}")
+        return render_svg(figure, name or f"field-{objective.metric}", alt)
 
 
 def _gather_points(axis: _Axis, trials: Sequence[TrialRecord], metric: str) -> list[tuple[float, float, float, float]]:

@@ -116,7 +116,7 @@ def run_trial(trial: ReportingTrial, plan: TrialPlan) -> None:
         splits=SELECTION_SPLITS,
         threads=plan.threads,
     )
-    store = StepStore(open_location(plan.store), commit=plan.commit)
+    store = StepStore(open_location(plan.store), commit=plan.commit, device=plan.device)
     watch = _Watch(trial=trial, plan=plan, settings=settings) if plan.evaluation == "probe" and plan.rungs else None
     pretraining = pretrain_once(store, job, run=partial(_run, plan.run, watch))
     (trial.folder / PRETRAINING_FILE).write_json({"folder": pretraining.folder.uri})

@@ -13,7 +13,7 @@ from physioray.cli import main
 from physioray.compare import compare_paired
 from physioray.results import read_predictions, read_results, write_predictions, write_results
 from physioray.run_comparison import compare_runs, describe_comparison, name_runs, open_run
-from physioray.storage import Location, open_location
+from physioray.storage import Location, StorageError, open_location
 from tests.written_runs import make_predictions, make_rows
 
 WINDOWS = 60
@@ -124,6 +124,17 @@ def test_windows_that_one_run_could_not_score_are_left_out_and_said(tmp_path: Pa
     assert any("10 predictions of one alone are left out" in note for note in found.notes)
     change_predictions(second, lambda table: table.filter(pc.field("window_id") >= 100))
     assert "they share only 80 of 180" in compare_runs(open_runs(first, second)).refusals[0]
+
+
+def test_a_folder_of_several_strategies_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "tables")
+    rows = read_results(place / "results.jsonl")
+    theirs = [replace(row, pretraining="simclr") for row in rows if row.features == "pretrained"]
+    write_results(place / "results.jsonl", [*rows, *theirs])
+    with pytest.raises(
+        StorageError, match=r"must hold one strategy, but .*tables holds \w+, simclr.*physioray evaluate"
+    ):
+        open_run(place.path, "tables")
 
 
 def test_one_bad_pair_does_not_hide_the_good_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from physioray.paper.levels import NO_LABELS
 from physioray.paper.reference import PaperTables, read_paper
 from physioray.paper.statements import CANNOT_TELL, MINUS, NOT_RUN
 from physioray.paper.tables import LINE_TITLES, SMOKE, FilledCell, FilledRow, FilledTable, TableContext
-from physioray.results import ScoreRow
+from physioray.results import ScoreRow, describe_people
 from physioray.storage import Location
 
 HTML_TEMPLATE = "paper_tables.html.jinja"
@@ -271,10 +271,12 @@ def _render(
     )
     environment.filters |= {"signed": sign_number, "bar": _escape_bar, "groupby_order": _group_rows}
     paper = read_paper()
+    simulated = context.simulated or any(table.simulated for table in tables)
     return environment.get_template(template).render(
         tables=tables,
         heading=tables[0].heading if tables else (),
-        simulated=context.simulated or any(table.simulated for table in tables),
+        simulated=simulated,
+        people=describe_people(simulated, context.subjects),
         notes=[number_notes(table) for table in tables],
         claims=arrange_claims(claims),
         claims_note=CLAIMS_NOTE,
