@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+# Processes that run tests side by side; JOBS=0 runs them in one.
+JOBS ?= 2
 
 .PHONY: setup demo test test-cluster lint bench bench-gpu clean
 
@@ -33,7 +35,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest -m "not cluster" -n $(JOBS) --dist loadgroup
 
 # Debian: apt-get install openssh-server rsync iproute2 procps prometheus. What is missing is skipped, with its reason.
 test-cluster: setup

@@ -23,11 +23,11 @@ from physioray.finetune import FinetuneJob, describe_finetuning, evaluate_finetu
 from physioray.presets import PRESETS, find_preset
 from physioray.pretrain import fit_modalities
 from physioray.progress import ProgressLine
+from physioray.protocol import choose_protocol, describe_card
 from physioray.report import describe_results, write_report
 from physioray.results import PREDICTIONS_FILE, RESULTS_FILE, write_predictions, write_results
 from physioray.storage import open_location
 from physioray.strategies import STRATEGIES, find_strategy
-from physioray.study import choose_protocol, describe_card
 
 
 def main() -> None:

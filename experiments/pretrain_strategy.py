@@ -21,7 +21,6 @@ import sys
 from dataclasses import replace
 
 from physioray.cli import guard
-from physioray.config import ProbeConfig
 from physioray.distribute import Resources, pretrain_on_cluster
 from physioray.presets import PRESETS, find_preset
 from physioray.pretrain import PretrainJob, choose_passes, pretrain
@@ -73,7 +72,7 @@ def main() -> None:
                 return pretrain(job, device=options.device, screen=screen)
             return pretrain_on_cluster(job, resources, address=options.address, screen=screen)
 
-        out = run_study(job, run_pretraining=run_pretraining, probe=ProbeConfig(), screen=screen, device=options.device)
+        out = run_study(job, run_pretraining=run_pretraining, probe=preset.probe, screen=screen, device=options.device)
     page = write_report(out)
     print(describe_results(out))
     print(f"The page with tables and figures: {page}")

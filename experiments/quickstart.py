@@ -16,7 +16,6 @@ import sys
 from dataclasses import replace
 
 from physioray.cli import guard
-from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.distribute import Resources, pretrain_on_cluster
 from physioray.presets import PRESETS, find_preset
@@ -57,7 +56,7 @@ def main() -> None:
         out = run_study(
             job,
             run_pretraining=lambda job: pretrain_on_cluster(job, resources, address=options.address, screen=screen),
-            probe=ProbeConfig(),
+            probe=preset.probe,
             screen=screen,
         )
     page = write_report(out)

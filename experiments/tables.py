@@ -19,10 +19,9 @@ from physioray.cli import guard
 from physioray.costs import estimate_cost
 from physioray.grid import Grid
 from physioray.grid_plan import GRIDS, find_grid
-from physioray.grid_report import narrow_grid, write_grid
+from physioray.grid_report import claim_folder, narrow_grid, write_grid
 from physioray.grid_scores import collect_scores
 from physioray.progress import ProgressLine
-from physioray.spread import spread_work
 from physioray.steps import find_commit
 from physioray.storage import open_location
 from physioray.work import Work, run_work
@@ -55,6 +54,7 @@ def main() -> None:
     grid = Grid(
         cohort=options.cohort, store=store, config=config, device=options.device, threads=1, commit=find_commit()
     )
+    claim_folder(grid, out)
     work = grid.list_missing()
     with ProgressLine("tables", "% of the work") as screen:
         cost = estimate_cost(grid, work)
@@ -73,6 +73,8 @@ def main() -> None:
         if options.in_process or not work:
             failures = run_work(grid.do, work, **watch)
         else:
+            from physioray.spread import spread_work  # asked for what exists, nothing of the cluster is loaded
+
             failures = spread_work(grid, work, gpus=gpus, address=options.address, **watch)
         scores = collect_scores(grid, failures, screen)
     files = write_grid(grid, scores, out)

@@ -13,12 +13,19 @@ from physioray.evaluate import Evaluation
 from physioray.grid_plan import GridConfig, GridPlan, plan_grid
 from physioray.journal import Screen
 from physioray.pretrainings import open_pretraining
-from physioray.results import PREDICTIONS_FILE, RESULTS_FILE, write_predictions, write_results
+from physioray.protocol import describe_card, find_labelled_windows
+from physioray.results import (
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    SUBJECT_SCORES_FILE,
+    write_predictions,
+    write_results,
+    write_subject_scores,
+)
 from physioray.signals import LookupMiss
 from physioray.stages import Description, describe_bands, embed_pretrained, embed_untrained, probe_once
 from physioray.steps import StepStore
-from physioray.storage import Location, StorageError
-from physioray.study import describe_card, find_labelled_windows
+from physioray.storage import Location, StorageError, as_json
 
 
 def score_checkpoint(
@@ -38,15 +45,15 @@ def score_checkpoint(
         place: a run's folder or one of its checkpoints.
         cohort: whose labelled subjects are scored.
         store: where embeddings and probes are kept.
-        out: folder for results.jsonl, predictions.parquet, card.json, config.json and notes.json.
+        out: folder for results.jsonl, predictions.parquet, subject_scores.parquet, card.json, config.json, notes.json.
         probe: tasks, seeds and solvers; the defaults if None.
         other_cohort: the encoder may come from another cohort.
         device: where the encoder runs.
         screen: where progress is shown.
 
     Raises:
-        StorageError: there is no such checkpoint, it comes from another cohort, or it was pretrained on subjects that
-            would be scored as unseen.
+        StorageError: there is no such checkpoint, it comes from another cohort, it was pretrained on subjects that
+            would be scored as unseen, or `out` holds something else.
         LookupMiss: the cohort lacks a modality that the encoder needs.
         ValueError: nobody in the cohort has labels.
     """
@@ -61,6 +68,8 @@ def score_checkpoint(
             f"A cohort must hold the encoder's modalities, but {cohort.location} lacks {', '.join(missing)} and has "
             f"{', '.join(cohort.modalities)}. Ingest it with --modalities {','.join(modalities)}."
         )
+    config = {**identity, "checkpoint": pretraining.checkpoint.uri, "evaluated_on": cohort.fingerprint}
+    _check_folder(out, config)
     windows = find_labelled_windows(cohort, plan.protocol, modalities)
     seed = int(identity["train"]["seed"])
     described = [
@@ -72,11 +81,26 @@ def score_checkpoint(
     write_results(out / RESULTS_FILE, [row for item in found for row in item.scores])
     largest = [item.predictions for number, item in enumerate(found) if (number + 1) % len(plan.sizes) == 0]
     write_predictions(out / PREDICTIONS_FILE, largest)
+    write_subject_scores(out / SUBJECT_SCORES_FILE, [item.subject_scores for item in found])
     (out / "notes.json").write_json(list(dict.fromkeys(note for item in found for note in item.notes)))
     (out / "card.json").write_json(describe_card(cohort, plan.protocol))
-    (out / "config.json").write_json({**identity, "checkpoint": pretraining.checkpoint.uri})
+    (out / "config.json").write_json(config)
     store.refer(out)
     return found
+
+
+def _check_folder(out: Location, config: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds something else than earlier scores of the same checkpoint on the same cohort."""
+    place = out / "config.json"
+    if not place.exists():
+        return
+    known, wanted = place.read_json(), as_json(config)
+    if any(known.get(name) != wanted[name] for name in ("checkpoint", "evaluated_on", "cohort", "train", "model")):
+        raise StorageError(
+            f"A folder of scores must be of one checkpoint and one cohort, but {out} holds "
+            f"{'the scores of ' + known['checkpoint'] if 'checkpoint' in known else 'a run'}. Nothing was overwritten: "
+            "choose another --out; the steps can be shared (--steps)."
+        )
 
 
 def _probe_sizes(

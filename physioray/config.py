@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-from physioray.signals import PAPER_MODALITIES, STAGES, find_modality
+from physioray.signals import PAPER_MODALITIES, STAGES, find_modality, find_task
 from physioray.storage import hash_value
 
 Config = TypeVar("Config")
@@ -342,6 +342,12 @@ class ProbeConfig:
     folds: int = 5
     cross_validate_below: int = 100
     bootstrap_draws: int = 500
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            find_task(name)
+        require(len(self.seeds) > 0, "A probe must have at least one seed", self.seeds)
+        require(self.folds >= 2, "A cross-validation must have at least 2 folds", self.folds)
 
 
 def to_dict(config: object) -> dict[str, Any]:

@@ -31,12 +31,14 @@ class Cost:
 
     Attributes:
         trainings: pretrainings and trainings on tasks.
+        passes: that they make, all together.
         windows: that trainings go over, all passes together.
         seconds: of one process at the measured rates; by piece of work in `by_work`.
         by_work: seconds of every piece.
     """
 
     trainings: int
+    passes: int
     windows: int
     seconds: float
     by_work: Mapping[Work, float]
@@ -45,8 +47,8 @@ class Cost:
         """The cost in words."""
         probes = sum(work.kind == "probe" for work in self.by_work)
         return (
-            f"{self.trainings} trainings over {self.windows:,} windows in all, and {probes} probes: about "
-            f"{format_seconds(self.seconds)} of one process at the rates just measured here, "
+            f"{self.trainings} trainings of {self.passes:,} passes over {self.windows:,} windows in all, and {probes} "
+            f"probes: about {format_seconds(self.seconds)} of one process at the rates just measured here, "
             f"{format_seconds(self.seconds / max(1, processes))} on {processes} at once."
         )
 
@@ -55,7 +57,7 @@ def estimate_cost(grid: Grid, work: Iterable[Work]) -> Cost:
     """Judge the cost of some work by a few training steps of every kind that occurs in it."""
     rates: dict[tuple[str, str], float] = {}
     by_work: dict[Work, float] = {}
-    trainings = windows = 0
+    trainings = passes = windows = 0
     for item in work:
         if item.kind == "probe":
             by_work[item] = PROBE_SECONDS
@@ -63,9 +65,9 @@ def estimate_cost(grid: Grid, work: Iterable[Work]) -> Cost:
         key = (item.kind, item.strategy)
         if key not in rates:
             rates[key] = measure_rate(grid, item)
-        trainings, windows = trainings + 1, windows + item.passes * item.windows
+        trainings, passes, windows = trainings + 1, passes + item.passes, windows + item.passes * item.windows
         by_work[item] = item.passes * item.windows / rates[key]
-    return Cost(trainings=trainings, windows=windows, seconds=sum(by_work.values()), by_work=by_work)
+    return Cost(trainings=trainings, passes=passes, windows=windows, seconds=sum(by_work.values()), by_work=by_work)
 
 
 def measure_rate(grid: Grid, work: Work, *, steps: int = 2) -> float:

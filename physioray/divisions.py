@@ -95,7 +95,7 @@ def plan_folds(folds: Mapping[int, Sequence[Fold]], *, cohort: Cohort | None = N
             if leaking:
                 raise LockedSplitError(
                     f"Settings must be chosen without the test subjects, but seed {seed}, fold {number} holds "
-                    f"{', '.join(leaking[:5])}. Make the folds of the other labelled subjects (study.choose_protocol "
+                    f"{', '.join(leaking[:5])}. Make the folds of the other labelled subjects (choose_protocol "
                     "does on a locked cohort)."
                 )
     return [Plan(split=split, seed=seed, folds=tuple(parts)) for seed, parts in folds.items()]

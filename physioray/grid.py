@@ -22,6 +22,7 @@ from physioray.journal import Screen
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, choose_checkpoint, fit_modalities, pretrain
 from physioray.pretrainings import Pretraining, describe_pretraining, pretrain_once
+from physioray.protocol import find_labelled_windows
 from physioray.results import PROBES
 from physioray.stages import (
     VERSIONS,
@@ -39,7 +40,6 @@ from physioray.stages import (
 from physioray.steps import Step, StepDamaged, StepStore
 from physioray.storage import Location, open_location
 from physioray.strategies import ModelSettings, find_strategy
-from physioray.study import find_labelled_windows
 from physioray.work import Work
 
 

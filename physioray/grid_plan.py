@@ -13,9 +13,9 @@ from physioray.data.cohort import Cohort
 from physioray.data.splits import Fold, read_division, scale_sizes, shrink_fold
 from physioray.presets import find_preset
 from physioray.pretrain import find_pretraining_windows, fit_modalities
+from physioray.protocol import Protocol, choose_protocol, find_labelled_windows
 from physioray.signals import LookupMiss
 from physioray.strategies import find_strategy
-from physioray.study import Protocol, choose_protocol, find_labelled_windows
 
 FLOORS = ("untrained", "band_powers")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -12,8 +12,10 @@ from physioray.evaluate import Evaluation, aggregate_rows
 from physioray.grid import Grid
 from physioray.grid_plan import FLOORS
 from physioray.journal import Screen
-from physioray.metrics import AGGREGATE
-from physioray.results import ScoreRow, prediction_schema
+from physioray.metrics import AGGREGATE, METRICS
+from physioray.results import ScoreRow, prediction_schema, subject_score_schema
+from physioray.scoring import SubjectCounts, count_people
+from physioray.signals import WINDOWS, find_task
 from physioray.steps import Step, StepDamaged, StepStore
 from physioray.strategies import find_strategy
 from physioray.work import Work
@@ -26,12 +28,14 @@ class GridScores:
     Attributes:
         rows: every score.
         predictions: by (pretraining or floor, evaluation), the test predictions at the largest training-set size.
+        subject_scores: of every person alone, see `results.subject_score_schema`; of every training-set size.
         notes: sentences for the reader, for example what has not been run.
         steps: that the scores rest on.
     """
 
     rows: list[ScoreRow]
     predictions: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
+    subject_scores: list[pa.Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -96,6 +100,7 @@ def _list_pretrained(grid: Grid, store: StepStore, broken: set[str], notes: list
 
 def _take(found: GridScores, evaluation: Evaluation, name: str, largest: bool) -> None:
     found.rows.extend(evaluation.scores)
+    found.subject_scores.append(evaluation.subject_scores)
     found.notes.extend(note for note in evaluation.notes if note not in found.notes)
     if largest and len(evaluation.predictions):
         for chosen in evaluation.predictions.column("evaluation").unique().to_pylist():
@@ -121,10 +126,24 @@ def _score_trainings(
     for task, count in missing.items():
         notes.append(f"{name}, {task}, {size} subjects: {count} of {grid.config.finetune_seeds} repetitions not run.")
     rows = [row for item in evaluations for row in item.scores if row.task != AGGREGATE]
-    tables = [item.predictions for item in evaluations] or [prediction_schema().empty_table()]
+    tables = [prediction_schema().empty_table(), *(item.predictions for item in evaluations)]
+    people = [subject_score_schema().empty_table(), *(item.subject_scores for item in evaluations)]
     tasks = tuple(dict.fromkeys(item.task for item in work))
+    draws = grid.config.probe.bootstrap_draws
     return Evaluation(
-        scores=rows + aggregate_rows(rows, tasks),
+        scores=rows + aggregate_rows(rows, tasks, _count_people(evaluations), draws),
         predictions=pa.concat_tables(tables),
+        subject_scores=pa.concat_tables(people),
         notes=list(dict.fromkeys(note for item in evaluations for note in item.notes)),
     )
+
+
+def _count_people(evaluations: Sequence[Evaluation]) -> dict[ScoreRow, SubjectCounts]:
+    """Who was scored in each of some evaluations of one task and seed, by their row of balanced accuracy."""
+    names = sorted({name for item in evaluations for name in item.predictions.column("subject").to_pylist()})
+    return {
+        row: count_people(item.predictions, find_task(row.task), names)
+        for item in evaluations
+        for row in item.scores
+        if (row.metric, row.scope) == (METRICS[0], WINDOWS) and row.value is not None
+    }

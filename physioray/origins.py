@@ -16,7 +16,7 @@ import torch
 from physioray import __version__
 from physioray.absences import MISSING_FILE, measure_absences
 from physioray.checkpoint import load_checkpoint
-from physioray.config import ProbeConfig, TrainConfig, from_dict
+from physioray.config import ProbeConfig, TrainConfig, from_dict, hash_config
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource
 from physioray.embeddings import Embeddings, embed_windows
@@ -111,7 +111,18 @@ def complete_run(
     (run / ORIGIN_FILE).write_json(describe_origin(cohort))
     (run / MISSING_FILE).write_json(absences)
     facts = {"weights_sha256": hash_bytes(place.read_bytes()), "without": missing, "cross_validated": cross_validated}
-    save_readouts(run, readouts, facts)
+    save_readouts(run, readouts, facts | {"probe": hash_config(probe or ProbeConfig())})
+
+
+def is_complete(run: Location, probe: ProbeConfig | None = None) -> bool:
+    """True if `complete_run` has been through with the run's present weights (and these probes, if any are named)."""
+    if any(not (run / name).exists() for name in (HEADS_NOTE, ORIGIN_FILE, MISSING_FILE)):
+        return False
+    facts = load_readouts(run)[1]
+    place = _find_weights(run, (run / "config.json").read_json())
+    if probe is not None and facts.get("probe") != hash_config(probe):
+        return False
+    return bool(facts.get("weights_sha256") == hash_bytes(place.read_bytes()))
 
 
 def _open_cohort(run: Location, config: dict[str, Any]) -> Cohort:
@@ -186,8 +197,7 @@ def _open_run(run: Location, device: torch.device | str, say: Say | None) -> Pre
     place = _find_weights(run, config)
     content = load_checkpoint(place)
     digest = hash_bytes(place.read_bytes())
-    files = (HEADS_NOTE, ORIGIN_FILE, MISSING_FILE)
-    if any(not (run / name).exists() for name in files) or load_readouts(run)[1].get("weights_sha256") != digest:
+    if not is_complete(run):
         complete_run(run, device=device, say=say)
     readouts, facts = load_readouts(run)
     encoder = load_encoder(place, device)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from physioray.config import ModelConfig, ReconstructionConfig, TrainConfig
+from physioray.config import ModelConfig, ProbeConfig, ReconstructionConfig, TrainConfig
 from physioray.signals import LookupMiss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A model, how it is pretrained, and how it is trained on a task (finetuned, or from scratch)."""
+    """A model, how it is pretrained and probed, and how it is trained on a task (finetuned, or from scratch)."""
 
     model: ModelConfig
     objective: ReconstructionConfig = ReconstructionConfig()
     train: TrainConfig
     finetune: TrainConfig
+    probe: ProbeConfig = ProbeConfig()
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -60,6 +61,7 @@ PRESETS: Mapping[str, Preset] = {
             checkpoint_minutes=2,
             select="best",
         ),
+        probe=ProbeConfig(recipe_passes=20, recipe_min_steps=200, bootstrap_draws=100),
     ),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from physioray.checkpoint import load_checkpoint
+from physioray.checkpoint import check_identity, load_checkpoint
 from physioray.config import (
     ContrastiveConfig,
     LateFusionConfig,
@@ -194,15 +194,35 @@ def pretrain(
         config=job.train,
         folder=out / "checkpoints",
         keep_passes=frozenset(job.keep_passes),
-        identity={
-            "model": describe_settings(job.model),
-            "objective": describe_settings(job.objective),
-            "splits": list(job.splits),
-        },
+        identity=_describe_identity(job),
         reporter=journal,
         group=group,
         device=device,
     )
+
+
+def is_finished(job: PretrainJob, cohort: Cohort) -> bool:
+    """True if the run's folder holds this very pretraining, all its passes done.
+
+    Raises:
+        StorageError: another pretraining, or a damaged checkpoint, stands there.
+    """
+    place = open_location(job.out) / "checkpoints" / "last.pt"
+    if not place.exists():
+        return False
+    content = load_checkpoint(place)
+    known = {"train": to_dict(job.train), "cohort": cohort.fingerprint, **_describe_identity(job)}
+    check_identity(content, known, place)
+    return bool(content["state"]["pass_number"] >= job.train.passes)
+
+
+def _describe_identity(job: PretrainJob) -> dict[str, Any]:
+    """What a checkpoint is made of beside the settings of the loop and the cohort."""
+    return {
+        "model": describe_settings(job.model),
+        "objective": describe_settings(job.objective),
+        "splits": list(job.splits),
+    }
 
 
 def _record_settings(job: PretrainJob, out: Location, cohort: Cohort, source: BatchSource) -> None:

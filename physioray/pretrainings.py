@@ -86,6 +86,11 @@ def open_pretraining(place: str | Location) -> tuple[Pretraining, dict[str, Any]
     if (place / "checkpoints" / "last.pt").exists():
         known = load_checkpoint(place / "checkpoints" / "last.pt")["identity"]
         place = choose_checkpoint(place / "checkpoints", from_dict(TrainConfig, known["train"]))
+    elif place.exists() and not place.info().is_file:
+        raise StorageError(
+            f"A run's folder must hold checkpoints/last.pt, but {place} does not. Name the folder that a pretraining "
+            "was given as --out, or one of its checkpoints (.pt)."
+        )
     content = load_checkpoint(place)
     identity = content["identity"]
     try:

@@ -30,6 +30,9 @@ EVALUATION_TITLES = {
     SCRATCH: "trained from scratch",
 }
 
+CLOSE = 1.15
+"""Training-set sizes closer than this factor, or by one subject, can be one size (see `group_sizes`)."""
+
 PAPER_TITLE = "Fang et al. 2024, Table 1, pretrained on all modalities: other data (500 training subjects)"
 PAPER_SCORES: Mapping[str, tuple[float, float]] = {
     column.task: (cell.value, cell.spread)
@@ -97,12 +100,20 @@ def list_tasks(rows: Sequence[ScoreRow]) -> tuple[str, ...]:
 
 
 def list_skipped(rows: Sequence[ScoreRow]) -> list[str]:
-    """One sentence per task without any score: which and why."""
+    """One sentence per task without any score, and per kind of features without any: which and why."""
     scored = {row.task for row in rows if row.value is not None}
     sentences = {}
     for row in rows:
         if row.task not in scored and row.note and row.task not in sentences:
             sentences[row.task] = f"{find_task(row.task).title}: {row.note}."
+    kinds: dict[str, list[ScoreRow]] = {}
+    for row in rows:
+        if row.task in scored:
+            kinds.setdefault(row.features, []).append(row)
+    for features, members in kinds.items():
+        note = next((row.note for row in members if row.note), "")
+        if note and all(row.value is None for row in members):
+            sentences[features] = f"{FEATURE_TITLES.get(features, features)}: {note}."
     return list(sentences.values())
 
 
@@ -154,7 +165,7 @@ def tabulate_sizes(rows: Sequence[ScoreRow], task: str) -> ScoreTable | None:
     """Balanced accuracy of a task against the number of training subjects; None with a single number."""
     mine = [row for row in rows if row.task == task and row.metric == METRICS[0] and row.value is not None]
     mine = [row for row in mine if row.scope == WINDOWS]
-    sizes = level_sizes({row.training_subjects for row in mine})
+    sizes = _name_sizes(mine)
     levels = sorted(set(sizes.values()))
     if len(levels) < 2:
         return None
@@ -197,24 +208,39 @@ def _list_keys(rows: Sequence[ScoreRow]) -> list[tuple[str, str, str]]:
     return sorted(keys, key=lambda key: (place(EVALUATIONS, key[0]), place(FEATURES, key[1]), key))
 
 
-def level_sizes(sizes: Iterable[int]) -> dict[int, int]:
-    """The training-set size that each number of training subjects stands for: folds of one size differ by a few people.
+def group_sizes(rows: Iterable[ScoreRow]) -> tuple[tuple[int, ...], ...]:
+    """Training-set sizes, ascending; each as the numbers of subjects that count as one size.
 
-    Numbers that follow each other by less than a quarter are one size, named by the largest of them.
+    Folds and tasks of one size differ a little in how many subjects they hold. Neighbouring numbers are one size
+    unless some score was made at both under the same seed.
     """
-    levels: dict[int, int] = {}
-    above = 0
-    for size in sorted(sizes, reverse=True):
-        above = levels[size] = above if above and above < 1.25 * size else size
-    return levels
+    owners: dict[int, set[tuple[object, ...]]] = {}
+    for row in rows:
+        owners.setdefault(row.training_subjects, set()).add((_key(row), row.task, row.metric, row.scope, row.seed))
+    groups: list[list[int]] = []
+    taken: set[tuple[object, ...]] = set()
+    for size in sorted(owners):
+        close = groups and size <= max(groups[-1][0] * CLOSE, groups[-1][0] + 1)
+        if close and not taken & owners[size]:
+            groups[-1].append(size)
+            taken |= owners[size]
+        else:
+            groups.append([size])
+            taken = set(owners[size])
+    return tuple(tuple(group) for group in groups)
+
+
+def _name_sizes(rows: Iterable[ScoreRow]) -> dict[int, int]:
+    """By number of training subjects, the size it belongs to, named by its largest number."""
+    return {number: group[-1] for group in group_sizes(rows) for number in group}
 
 
 def _keep_largest(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
     """Rows of the largest training size of every line and task."""
-    sizes: dict[tuple[object, ...], set[int]] = {}
+    lines: dict[tuple[object, ...], list[ScoreRow]] = {}
     for row in rows:
-        sizes.setdefault((*_key(row), row.task), set()).add(row.training_subjects)
-    levels = {key: level_sizes(found) for key, found in sizes.items()}
+        lines.setdefault((*_key(row), row.task), []).append(row)
+    levels = {key: _name_sizes(members) for key, members in lines.items()}
 
     def is_largest(row: ScoreRow) -> bool:
         level = levels[(*_key(row), row.task)]

@@ -292,6 +292,21 @@ def count_confusions(predictions: pa.Table) -> dict[tuple[str, str, str, int], I
     return found
 
 
+def count_people(predictions: pa.Table, task: Task, names: Sequence[str]) -> SubjectCounts:
+    """The confusion matrix of every person in a table of one task's predictions, for the aggregate's interval.
+
+    Args:
+        predictions: of one task and seed, see `results.prediction_schema`.
+        task: which.
+        names: everybody who is scored on any task, sorted; a person's number is the place among them.
+    """
+    owner = np.searchsorted(np.asarray(names), predictions.column("subject").to_numpy(zero_copy_only=False))
+    people, place = np.unique(owner, return_inverse=True)
+    true, predicted = (predictions.column(name).to_numpy() for name in ("true", "predicted"))
+    confusions = count_by_subject(len(task.classes), true, predicted, place, len(people))
+    return SubjectCounts(people.astype(np.int64), confusions)
+
+
 def vote_by_subject(answers: Answers, classes: int) -> Answers:
     """One answer for each person: the mean of the probabilities of their windows.
 

@@ -17,110 +17,38 @@ import torch
 from numpy.typing import NDArray
 
 from physioray import __version__
-from physioray.baselines import band_powers
 from physioray.compare import ComparisonError, compare_paired, state_chance, state_difference
-from physioray.config import ProbeConfig, ReconstructionConfig, hash_config
+from physioray.config import ProbeConfig, ReconstructionConfig
 from physioray.data.cohort import Cohort
-from physioray.data.gather import GatherSource, WindowReader
-from physioray.data.splits import Fold, SplitError, fold_subjects
-from physioray.embeddings import Embeddings, embed_windows
-from physioray.evaluate import Evaluation, evaluate_probe
+from physioray.data.gather import WindowReader
+from physioray.evaluate import Evaluation
 from physioray.journal import Screen
 from physioray.models.fused import MaskedAutoencoder
 from physioray.objectives.masking import draw_visible
-from physioray.origins import complete_run
-from physioray.pretrain import (
-    PretrainJob,
-    choose_checkpoint,
-    find_pretraining_windows,
-    load_model,
-    make_encode,
-    open_encoder,
-)
+from physioray.origins import complete_run, is_complete
+from physioray.pretrain import PretrainJob, find_pretraining_windows, is_finished, load_model
+from physioray.pretrainings import open_pretraining
+from physioray.protocol import Protocol, choose_protocol, describe_card, find_labelled_windows
 from physioray.results import (
     CONVERGED,
     PREDICTIONS_FILE,
+    PROBES,
     RESULTS_FILE,
     SUBJECT_SCORES_FILE,
-    TEST,
-    VALIDATION,
     ScoreRow,
     write_predictions,
     write_results,
     write_subject_scores,
 )
-from physioray.signals import SPLITS, TASKS, UNKNOWN, WINDOWS, Split, find_task
+from physioray.signals import SPLITS, TASKS, WINDOWS, Split, find_task
+from physioray.stages import Description, describe_bands, embed_pretrained, embed_untrained, probe_once
+from physioray.steps import StepStore, find_commit
 from physioray.storage import Location, open_location
 from physioray.tensors import VALIDATION_PASS, Draw
 from physioray.train import to_tensors
 
-EMBED_BATCH = 64
 EXAMPLES = 4
 """Windows whose reconstruction is shown in the report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """Who is pretrained on, who is scored, and how that is said.
-
-    Attributes:
-        splits: whose windows are pretrained on, without labels.
-        folds: by seed, the folds of a cross-validation; None for held-out test subjects.
-        labelled: subjects with any label.
-        sentence: the protocol in words, for the report.
-        scored: `test`, or `validation` while settings are still chosen (for `evaluate_probe`).
-    """
-
-    splits: tuple[Split, ...]
-    folds: Mapping[int, Sequence[Fold]] | None
-    labelled: tuple[str, ...]
-    sentence: str
-    scored: str = TEST
-
-
-def choose_protocol(cohort: Cohort, config: ProbeConfig) -> Protocol:
-    """Held-out test subjects where there are enough people, else cross-validation by subject over all of them.
-
-    Small cohorts are pretrained on everybody but the validation subjects, without labels. On a cohort whose test
-    split is locked it is the protocol for choosing settings: the validation subjects are scored, or, with too few
-    people for that, everybody but the test subjects by cross-validation; pretraining sees no test subject either.
-    """
-    labels = np.stack([cohort.read_labels(task) for task in TASKS])
-    owner = np.repeat([item.subject_index for item in cohort.recordings], [item.rows for item in cohort.recordings])
-    # The pretraining split's people have an age but no scored night; they are nobody's test subjects.
-    eligible = np.array([item.split != "pretrain" for item in cohort.recordings])[
-        np.repeat(np.arange(len(cohort.recordings)), [item.rows for item in cohort.recordings])
-    ]
-    known = np.unique(owner[(labels != UNKNOWN).any(0) & eligible])
-    labelled = tuple(cohort.subjects[number] for number in known)
-    choosing = cohort.test_locked
-    # Only labelled subjects are in a cohort's test split, so a locked one can be counted without its labels.
-    people = len(labelled) + (len(cohort.list_subjects("test")) if choosing else 0)
-    if choosing and people >= config.cross_validate_below:
-        sentence = "For choosing settings: the validation subjects are scored, and no test subject is read."
-        return Protocol(
-            splits=("pretrain", "train"), folds=None, labelled=labelled, sentence=sentence, scored=VALIDATION
-        )
-    if people >= config.cross_validate_below:
-        sentence = "Held-out test subjects: they are in neither pretraining, training nor validation."
-        return Protocol(splits=("pretrain", "train"), folds=None, labelled=labelled, sentence=sentence)
-    splits = tuple(split for split in cohort.readable_splits if split != "validation")
-    scored = VALIDATION if choosing else TEST
-    age = cohort.read_labels("age")
-    strata = {cohort.subjects[number]: str(age[owner == number].max()) for number in known}
-    try:
-        folds = {seed: fold_subjects(labelled, config.folds, seed, 0.15, strata) for seed in config.seeds}
-    except SplitError as error:
-        sentence = f"No probe was fitted: {error}"
-        return Protocol(splits=splits, folds={}, labelled=labelled, sentence=sentence, scored=scored)
-    whom = "labelled subjects who are not in the test split" if choosing else "labelled subjects"
-    sentence = (
-        f"Cross-validation by subject over all {len(labelled)} {whom} ({config.folds} folds, drawn anew "
-        f"for each of {len(config.seeds)} seeds), because there are fewer than {config.cross_validate_below}. "
-        f"Pretraining saw the signals of everybody but the {'validation and test' if choosing else 'validation'} "
-        "subjects, without any label, so the signals of most scored subjects were among them."
-    )
-    return Protocol(splits=splits, folds=folds, labelled=labelled, sentence=sentence, scored=scored)
 
 
 def run_study(
@@ -128,16 +56,21 @@ def run_study(
     *,
     run_pretraining: Callable[[PretrainJob], object],
     probe: ProbeConfig | None = None,
+    store: StepStore | None = None,
     screen: Screen | None = None,
     device: torch.device | str = "cpu",
 ) -> Location:
     """Run the whole main job and write what the report needs into the run's folder.
 
+    Asked again, it finds the finished pretraining in the run's folder, and embeddings and probes among the steps.
+
     Args:
         job: what to pretrain; its splits are replaced by those of the protocol.
         run_pretraining: runs the job, in this process or on a cluster.
         probe: tasks, seeds and solvers; the defaults if None.
+        store: where embeddings and probes are kept; the folder `steps` beside the run's if None.
         screen: where progress is shown.
+        device: where the encoder runs.
 
     Returns:
         The run's folder, with results.jsonl, predictions.parquet, subject_scores.parquet, probe_curve.jsonl,
@@ -149,25 +82,34 @@ def run_study(
     cohort, out = Cohort.open(job.cohort), open_location(job.out)
     protocol = choose_protocol(cohort, probe)
     job = replace(job, splits=protocol.splits)
-    work = _Work(job=job, cohort=cohort, out=out, protocol=protocol, probe=probe, screen=screen, device=device)
+    store = store or StepStore(out.folder / "steps", commit=find_commit())
+    work = _Work(
+        job=job, cohort=cohort, out=out, protocol=protocol, probe=probe, store=store, screen=screen, device=device
+    )
     work.say(protocol.sentence)
     # Nothing is written before the pretraining has agreed that `out` is its own run's folder.
-    run_pretraining(job)
+    trained = not is_finished(job, cohort)
+    if trained:
+        run_pretraining(job)
+    else:
+        work.say(f"The pretraining in {out} is finished.")
+    if trained or not (out / "environment.json").exists():
+        (out / "environment.json").write_json(describe_environment(job))
     (out / "card.json").write_json(describe_card(cohort, protocol))
-    (out / "environment.json").write_json(describe_environment(job))
     windows = find_labelled_windows(cohort, protocol, job.model.modalities)
     evaluations: dict[str, Evaluation] = {}
     curve: list[dict[str, Any]] = []
     if len(windows) and protocol.folds != {}:
-        source = GatherSource(cohort, windows, batch_size=EMBED_BATCH, modalities=job.model.modalities)
-        evaluations = _probe_features(work, source)
-        curve = _measure_curve(work, source, evaluations)
+        evaluations = _probe_features(work, windows)
+        curve = _measure_curve(work, windows, evaluations)
     _write_results(out, evaluations, curve)
-    complete_run(out, cohort=cohort, probe=probe, device=device, say=work.say)
+    if not is_complete(out, probe):
+        complete_run(out, cohort=cohort, probe=probe, device=device, say=work.say)
     notes = list(dict.fromkeys(note for item in evaluations.values() for note in item.notes))
     (out / "notes.json").write_json(notes)
     (out / "verdict.json").write_json(_draw_verdict(evaluations, protocol, job, curve))
     _write_reconstructions(out, cohort, job, out / "checkpoints" / "last.pt", device)
+    store.refer(out)
     return out
 
 
@@ -180,6 +122,7 @@ class _Work:
     out: Location
     protocol: Protocol
     probe: ProbeConfig
+    store: StepStore
     screen: Screen | None
     device: torch.device | str
 
@@ -187,67 +130,36 @@ class _Work:
         if self.screen is not None:
             self.screen.say(text)
 
-    def embed(self, source: GatherSource, checkpoint: str) -> Embeddings:
-        encoder = open_encoder(self.out / "checkpoints" / checkpoint, self.cohort, self.device)
-        return embed_windows(make_encode(encoder, source.modalities, self.device), source.iterate_all())
+    def embed(self, windows: NDArray[np.int64], place: Location) -> Description:
+        pretraining, _ = open_pretraining(place)
+        return embed_pretrained(self.store, self.cohort, windows, pretraining, device=self.device, screen=self.screen)
 
-
-def _probe_features(work: _Work, source: GatherSource) -> dict[str, Evaluation]:
-    """Probe the pretrained encoder and the two floors, with the same solver on the same folds."""
-    job, out = work.job, work.out
-    chosen = choose_checkpoint(out / "checkpoints", job.train).name
-    work.say(f"Embedding {len(source.plan.window_ids):,} labelled windows, and describing them by band powers ...")
-    features = {
-        "pretrained": work.embed(source, chosen),
-        "untrained": work.embed(source, "pass-0000.pt"),
-        "band_powers": embed_windows(lambda batch: band_powers(batch, source.modalities), source.iterate_all()),
-    }
-    features["pretrained"].save(out / "embeddings.arrow")
-    evaluations = {}
-    for number, (name, embeddings) in enumerate(features.items(), 1):
-        work.say(f"Probing {name.replace('_', ' ')} ({number} of {len(features)}) ...")
-        pretrained = name == "pretrained"
-        evaluations[name] = evaluate_probe(
-            embeddings,
-            work.cohort,
-            work.probe,
-            features=name,
-            pretraining=job.name if pretrained else "none",
-            config_hash=hash_config(job.model, job.objective, job.train) if pretrained else "",
-            folds=work.protocol.folds,
+    def score(self, description: Description, probe: ProbeConfig, evaluations: Sequence[str] = PROBES) -> Evaluation:
+        folds = self.protocol.folds
+        return probe_once(
+            self.store, description, self.cohort, probe, folds=folds, evaluations=evaluations, screen=self.screen
         )
-    return evaluations
 
 
-def find_labelled_windows(cohort: Cohort, protocol: Protocol, modalities: Sequence[str]) -> NDArray[np.int64]:
-    """Windows `(N,)` of labelled subjects that hold at least one of the modalities."""
-    theirs = cohort.find_windows(subjects=protocol.labelled)
-    if not len(theirs):
-        return theirs
-    return np.intersect1d(theirs, find_pretraining_windows(cohort, cohort.readable_splits, modalities))
-
-
-def describe_card(cohort: Cohort, protocol: Protocol) -> dict[str, Any]:
-    """The cohort's facts that stand in a report."""
-    manifest = cohort.manifest
-    settings = manifest.get("settings", {})
-    return {
-        "name": cohort.location.name,
-        "simulated": cohort.simulated,
-        "fingerprint": cohort.fingerprint,
-        "subjects": len(cohort.subjects),
-        "recordings": len(cohort.recordings),
-        "hours": manifest.get("counts", {}).get("hours"),
-        "windows": cohort.windows,
-        "class_counts": manifest["class_counts"],
-        "priors": manifest.get("priors", {}),
-        "arousal_rule": settings.get("arousal_rule", {}),
-        "channels": manifest.get("channels", {}),
-        "present": manifest.get("present_share", {}),
-        "note": protocol.sentence,
-        "assumptions": manifest.get("assumptions", {}),
-        "discontinuities": {row["recording"]: row["discontinuities"] for row in manifest["recordings"]},
+def _probe_features(work: _Work, windows: NDArray[np.int64]) -> dict[str, Evaluation]:
+    """Probe the pretrained encoder and the two floors, with the same solver on the same folds."""
+    job, shared = work.job, {"screen": work.screen}
+    work.say(f"Embedding {len(windows):,} labelled windows, and describing them by band powers ...")
+    pretrained = work.embed(windows, work.out)
+    features = {
+        "pretrained": pretrained,
+        "untrained": embed_untrained(
+            work.store, work.cohort, windows, job.model, job.train.seed, device=work.device, **shared
+        ),
+        "band_powers": describe_bands(work.store, work.cohort, windows, job.model.modalities, **shared),
     }
+    if not is_complete(work.out, work.probe):
+        pretrained.read().save(work.out / "embeddings.arrow")
+    evaluations = {}
+    for number, (name, description) in enumerate(features.items(), 1):
+        work.say(f"Probing {name.replace('_', ' ')} ({number} of {len(features)}) ...")
+        evaluations[name] = work.score(description, work.probe)
+    return evaluations
 
 
 def describe_environment(job: PretrainJob) -> dict[str, Any]:
@@ -261,7 +173,9 @@ def describe_environment(job: PretrainJob) -> dict[str, Any]:
     }
 
 
-def _measure_curve(work: _Work, source: GatherSource, evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+def _measure_curve(
+    work: _Work, windows: NDArray[np.int64], evaluations: Mapping[str, Evaluation]
+) -> list[dict[str, Any]]:
     """Probe score on sleep against passes, on the same folds as the headline; the floors as lines without a pass."""
     train = work.job.train
     task = next((name for name in work.probe.tasks if work.cohort.has_task(name)), None)
@@ -274,18 +188,11 @@ def _measure_curve(work: _Work, source: GatherSource, evaluations: Mapping[str, 
     ends = {0: "untrained", train.passes: "pretrained"} if train.select == "last" else {0: "untrained"}
     light = replace(work.probe, tasks=(task,), bootstrap_draws=200)
     for number in work.job.keep_passes:
-        name = f"pass-{number:04d}.pt"
+        place = work.out / "checkpoints" / f"pass-{number:04d}.pt"
         if number in ends:
             rows.append({"pass": number, "task": task, **_average(evaluations[ends[number]].scores, task)})
-        elif (work.out / "checkpoints" / name).exists():
-            found = evaluate_probe(
-                work.embed(source, name),
-                work.cohort,
-                light,
-                features="pretrained",
-                folds=work.protocol.folds,
-                evaluations=(CONVERGED,),
-            )
+        elif place.exists():
+            found = work.score(work.embed(windows, place), light, (CONVERGED,))
             rows.append({"pass": number, "task": task, **_average(found.scores, task)})
             if rows[-1]["value"] is not None:
                 work.say(f"after {number} passes: {task} {rows[-1]['value']:.3f} balanced accuracy")

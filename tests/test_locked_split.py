@@ -17,8 +17,8 @@ from physioray.evaluate import evaluate_probe
 from physioray.finetune import FinetuneJob, evaluate_finetuning
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, find_pretraining_windows, pretrain
+from physioray.protocol import choose_protocol, find_labelled_windows
 from physioray.strategies import find_strategy
-from physioray.study import choose_protocol, find_labelled_windows
 from tests.written_cohorts import write_cohort
 
 CONFIG = ProbeConfig(

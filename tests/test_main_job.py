@@ -13,8 +13,11 @@ from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.presets import find_preset
 from physioray.pretrain import PretrainJob, pretrain
+from physioray.protocol import choose_protocol
 from physioray.report import write_report
-from physioray.study import choose_protocol, run_study
+from physioray.steps import StepStore
+from physioray.storage import open_location
+from physioray.study import run_study
 from tests.written_cohorts import write_cohort
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +53,18 @@ def test_the_three_commands_of_the_readme_give_a_report(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+def refuse(job: PretrainJob) -> object:
+    raise AssertionError(f"{job.out} is pretrained already")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(item.relative_to(folder)): item.read_bytes() for item in folder.rglob("*") if item.is_file()}
+
+
+def list_steps(run: Path) -> dict[str, float]:
+    return {record.identity: record.created for record in StepStore(open_location(run.parent / "steps")).list_steps()}
+
+
 def make_study(cohort: Cohort, out: Path) -> dict[str, object]:
     preset = find_preset("tiny")
     job = PretrainJob(
@@ -61,7 +76,11 @@ def make_study(cohort: Cohort, out: Path) -> dict[str, object]:
         threads=1,
     )
     run_study(job, run_pretraining=pretrain, probe=QUICK)
-    write_report(run_study(job, run_pretraining=pretrain, probe=QUICK))
+    first, made = read_files(out), list_steps(out)
+    write_report(run_study(job, run_pretraining=refuse, probe=QUICK))
+    again = read_files(out)
+    assert {name: again[name] for name in first} == first, "asked again, a study gives what it gave"
+    assert list_steps(out) == made, "and computes nothing anew"
     return {"verdict": json.loads((out / "verdict.json").read_text()), "page": (out / "report.html").read_text()}
 
 

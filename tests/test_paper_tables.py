@@ -160,8 +160,8 @@ def test_scores_by_patient_and_on_sleep_windows_stay_out_of_the_papers_cells():
         (column.title, column.subtitle): cell.ours.value
         for column, cell in zip(further.columns, further.rows[0].cells, strict=True)
     }
-    assert found["Age", "Balanced accuracy, one vote per patient"] == 0.9
-    assert found["Arousal", "Balanced accuracy, sleep windows only"] == 0.52
+    assert found["Age", "Balanced accuracy, by patient vote"] == 0.9
+    assert found["Arousal", "Balanced accuracy, windows of sleep"] == 0.52
     assert found["Age", "Balanced accuracy, all windows"] == 0.6
 
 

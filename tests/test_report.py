@@ -9,7 +9,7 @@ from physioray.figures import find_runs, plot_hypnogram
 from physioray.metrics import METRICS
 from physioray.report import describe_results, write_report
 from physioray.results import write_results
-from physioray.score_tables import level_sizes, list_skipped, tabulate_headline, tabulate_metric, tabulate_sizes
+from physioray.score_tables import group_sizes, list_skipped, tabulate_headline, tabulate_metric, tabulate_sizes
 from physioray.storage import open_location
 from tests.written_runs import make_rows, write_run
 
@@ -251,8 +251,12 @@ def test_a_task_that_one_line_scores_is_not_called_skipped():
     assert list_skipped(make_rows()) == ["Arousal: skipped: no window has a label."]
 
 
-def test_folds_of_nearly_one_size_are_one_training_set_size() -> None:
-    assert level_sizes({2, 3, 5, 11, 20, 21}) == {2: 2, 3: 3, 5: 5, 11: 11, 20: 21, 21: 21}
+def test_folds_of_nearly_one_size_are_one_training_set_size_and_two_of_one_seed_are_not() -> None:
+    one = next(row for row in make_rows(tasks=("sleep",)) if row.metric == METRICS[0] and row.task == "sleep")
+    sizes = {2: 0, 3: 0, 5: 0, 11: 0, 20: 0, 21: 1}
+    rows = [dataclasses.replace(one, seed=seed, training_subjects=size) for size, seed in sizes.items()]
+    assert group_sizes(rows) == ((2,), (3,), (5,), (11,), (20, 21))
+    assert group_sizes([*rows, dataclasses.replace(rows[-1], seed=0)])[-2:] == ((20,), (21,))
 
 
 def test_the_headline_shows_the_largest_training_set_in_cross_validation_too() -> None:

@@ -74,6 +74,7 @@ class Cohort:
                 f"{location} must have format {FORMAT}, but has {self.manifest['format']}. Ingest it again."
             )
         self._mirror: Mirror | None = None
+        self._columns: dict[str, NDArray[Any]] = {}
         self.fingerprint: str = self.manifest["fingerprint"]
         self.simulated: bool = self.manifest["simulated"]
         self.modalities = {
@@ -198,8 +199,14 @@ class Cohort:
     def read_column(self, column: str) -> NDArray[Any]:
         """One small column `(windows,)` over all recordings, for example `label_sleep` or `start`.
 
-        Of a locked test split the values are unknown: -1, False or NaN.
+        Of a locked test split the values are unknown: -1, False or NaN. Every shard is opened for it, so what was
+        read is kept.
         """
+        if column not in self._columns:
+            self._columns[column] = self._read_column(column)
+        return self._columns[column].copy()
+
+    def _read_column(self, column: str) -> NDArray[Any]:
         parts: list[NDArray[Any]] = []
         locked: list[int] = []
         for recording in self.recordings:

@@ -9,16 +9,10 @@ from typing import Literal
 from physioray.metrics import AGGREGATE
 from physioray.paper.reference import PROBE
 from physioray.results import CROSS_VALIDATION, PROBES, TEST, ScoreRow
-from physioray.signals import TASKS
+from physioray.score_tables import group_sizes
+from physioray.signals import TASKS, WINDOWS
 
 End = Literal["smallest", "largest"]
-
-WINDOWS, SLEEP_WINDOWS, PATIENTS = "windows", "sleep_windows", "patients"
-"""What a score counts: every labelled window, those in which the subject sleeps, or one decision per patient."""
-
-CLOSE = 1.15
-"""Training-set sizes closer than this factor, or by one subject, can be one size: folds and tasks differ a little in
-how many subjects they hold."""
 
 NOT_RUN, NO_LABELS, SKIPPED, UNDEFINED, OTHER_SIZE = "not run", "no labels", "skipped", "undefined", "not at this size"
 """Why a cell is empty, in two words; a sentence stands beside."""
@@ -48,11 +42,6 @@ class Pick:
     def sizes(self) -> tuple[int, ...]:
         """Numbers of training subjects, ascending; several where folds or seeds differ."""
         return tuple(sorted({row.training_subjects for row in self.rows}))
-
-
-def read_scope(row: ScoreRow) -> str:
-    """What a score counts; windows where the row does not say."""
-    return str(getattr(row, "scope", WINDOWS))
 
 
 def name_line(row: ScoreRow) -> str:
@@ -140,7 +129,7 @@ class ScoreBook:
             scope: what is counted.
         """
         line = self._lines.get((name, evaluation), [])
-        mine = [row for row in line if row.task == task and read_scope(row) == scope]
+        mine = [row for row in line if row.task == task and row.scope == scope]
         scored = [row for row in mine if row.metric == metric and row.value is not None]
         if not scored:
             if not mine and task in self._unlabelled:
@@ -179,29 +168,12 @@ class ScoreBook:
         return found
 
     def _find_levels(self) -> Mapping[tuple[str, str], tuple[tuple[int, ...], ...]]:
-        found: dict[tuple[str, str], dict[int, set[tuple[object, ...]]]] = {}
-        for (name, evaluation), line in self._lines.items():
+        found: dict[tuple[str, str], list[ScoreRow]] = {}
+        for (_, evaluation), line in self._lines.items():
             for row in line:
-                if row.value is not None and read_scope(row) == WINDOWS:
-                    sizes = found.setdefault((find_kind(evaluation), row.task), {})
-                    owner = (name, evaluation, row.metric, row.seed)
-                    sizes.setdefault(row.training_subjects, set()).add(owner)
-        return {key: _group_sizes(sizes) for key, sizes in found.items()}
-
-
-def _group_sizes(owners: Mapping[int, set[tuple[object, ...]]]) -> tuple[tuple[int, ...], ...]:
-    """Neighbouring sizes are one unless some strategy was scored at both under the same seed."""
-    groups: list[list[int]] = []
-    taken: set[tuple[object, ...]] = set()
-    for size in sorted(owners):
-        close = groups and size <= max(groups[-1][0] * CLOSE, groups[-1][0] + 1)
-        if close and not taken & owners[size]:
-            groups[-1].append(size)
-            taken |= owners[size]
-        else:
-            groups.append([size])
-            taken = set(owners[size])
-    return tuple(tuple(group) for group in groups)
+                if row.value is not None and row.scope == WINDOWS:
+                    found.setdefault((find_kind(evaluation), row.task), []).append(row)
+        return {key: group_sizes(rows) for key, rows in found.items()}
 
 
 def _is_partial(row: ScoreRow) -> bool:

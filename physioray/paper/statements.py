@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from physioray.compare import PairedDifference
 from physioray.metrics import AGGREGATE, METRICS
-from physioray.paper.levels import CLOSE, NOT_RUN, End
+from physioray.paper.levels import NOT_RUN, End
 from physioray.paper.reference import PROBE
+from physioray.score_tables import CLOSE
 from physioray.signals import TASKS
 
 HELD, NOT_HELD, CANNOT_TELL = "held", "not held", "cannot be told"

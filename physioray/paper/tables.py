@@ -9,9 +9,6 @@ from physioray.metrics import AGGREGATE, find_metric
 from physioray.paper.levels import (
     NO_LABELS,
     NOT_RUN,
-    PATIENTS,
-    SLEEP_WINDOWS,
-    WINDOWS,
     End,
     Pick,
     ScoreBook,
@@ -20,12 +17,11 @@ from physioray.paper.levels import (
 from physioray.paper.reference import CHANCE, PROBE, PaperCell, PaperColumn, PaperRow, PaperTable, PaperTables
 from physioray.results import CONVERGED, FEATURES, FINETUNE, PROBES, RECIPE, SCRATCH, TEST, ScoreRow
 from physioray.score_tables import EVALUATION_TITLES, FEATURE_TITLES, Cell, merge_seeds
-from physioray.signals import MODALITIES, TASKS, find_task
+from physioray.signals import MODALITIES, PATIENTS, SCOPES, SLEEP_WINDOWS, TASKS, WINDOWS, find_task
 
 SMOKE = "smoke"
 FEW_SUBJECTS = "too few subjects"
 LINE_TITLES = EVALUATION_TITLES | {CONVERGED: "converged probe (headline)", RECIPE: "probe by the paper's recipe"}
-SCOPE_TITLES = {PATIENTS: "one vote per patient", SLEEP_WINDOWS: "sleep windows only", WINDOWS: "all windows"}
 NAMES_ALONE = {f"{start}_{name}": name.upper() for start in ("mae", "scratch") for name in MODALITIES}
 LARGE = 100
 """The paper's sizes from here on stand for the largest training set of a cohort, those below for the smallest."""
@@ -318,7 +314,7 @@ def _fill_scopes(book: ScoreBook, paper: PaperTables, context: TableContext) -> 
         title="Age by patient, arousal on sleep windows only (not in the paper)",
         heading=tuple(describe_context(context, book)),
         columns=tuple(
-            _title_column(PaperColumn(task=task, metric=metric), SCOPE_TITLES[scope]) for task, scope, metric in plan
+            _title_column(PaperColumn(task=task, metric=metric), SCOPES[scope]) for task, scope, metric in plan
         ),
         rows=tuple(rows),
         notes=tuple(notes),
