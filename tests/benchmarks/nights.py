@@ -29,18 +29,29 @@ def simulate_nights(folder: Path, count: int, hours: float = HOURS) -> list[Reco
 
 
 def repeat_night(
-    source: Path, entry: RecordEntry, folder: Path, copies: int, splits: Sequence[Split] = ("train",)
+    source: Path, entry: RecordEntry, folder: Path, recordings: int, files: int, splits: Sequence[Split] = ("train",)
 ) -> Cohort:
-    """A cohort whose recordings are all the same night, each in a file of its own: what counts is its size."""
+    """A cohort whose recordings are all the same night: what counts is their number and size.
+
+    Args:
+        source, entry: the night.
+        folder: of the cohort.
+        recordings: how many.
+        files: how many lie on the disk; the others are links to them, so that a long pass needs no more memory.
+        splits: of the recordings in turn.
+    """
     settings = IngestConfig()
     location = open_location(folder)
     table = convert_recording(open_location(source), entry, settings, subject=None).table
-    recordings = []
-    for number in range(copies):
+    rows = []
+    for number in range(recordings):
         name = f"night{number:03d}"
-        shard = write_shard(location, f"shards/{name}.arrow", table)
-        recordings.append({"recording": name, "subject": name, "split": splits[number % len(splits)]})
-        recordings[-1] |= {"file": shard.file, "rows": shard.rows, "discontinuities": [], "sha256": shard.sha256}
+        if number < files:
+            shard = write_shard(location, f"shards/{name}.arrow", table)
+        else:
+            os.link(folder / f"shards/night{number % files:03d}.arrow", folder / f"shards/{name}.arrow")
+        rows.append({"recording": name, "subject": name, "split": splits[number % len(splits)]})
+        rows[-1] |= {"file": f"shards/{name}.arrow", "rows": shard.rows, "discontinuities": [], "sha256": shard.sha256}
     stored = {
         name: {
             "rate": find_modality(name).rate,
@@ -51,11 +62,11 @@ def repeat_night(
     }
     manifest = {
         "format": 1,
-        "fingerprint": hash_value([recordings, os.fspath(folder)])[:16],
+        "fingerprint": hash_value([rows, os.fspath(folder)])[:16],
         "simulated": True,
         "modalities": stored,
         "class_counts": {"sleep": [1] * 5, "age": [1, 1], "arousal": [1, 1]},
-        "recordings": recordings,
+        "recordings": rows,
     }
     (location / "manifest.json").write_json(manifest)
     return Cohort.open(folder)
