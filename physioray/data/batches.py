@@ -6,8 +6,8 @@ workers changes what the global batch of a step holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -39,6 +39,30 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.window_id)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the windows, sharing this batch's memory."""
+        return Batch(
+            **{
+                item.name: {key: array[rows] for key, array in value.items()}
+                if isinstance(value, Mapping)
+                else value[rows]
+                for item in fields(self)
+                for value in [getattr(self, item.name)]
+            }
+        )
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """The windows of several batches, one after the other."""
+        joined = {}
+        for item in fields(cls):
+            values = [getattr(batch, item.name) for batch in batches]
+            if isinstance(values[0], Mapping):
+                joined[item.name] = {key: np.concatenate([value[key] for value in values]) for key in values[0]}
+            else:
+                joined[item.name] = np.concatenate(values)
+        return cls(**joined)
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ _FLAT_STEPS = 0.75
 """A window whose standard deviation stays below this many digital steps shows its converter, not the body."""
 _FLAT_SECONDS = 0.5
 """A window is flat if this share of its seconds is constant."""
+_FEWER = 8
 _RAIL_SHARE = 0.01
 """A window is clipped if more than this share of its samples lies on the converter's ends, +-32767."""
 _STUCK_SHARE = 0.2
@@ -69,28 +70,57 @@ def find_faults(raw: Real[np.ndarray, "samples"], rate: float, windows: int, *, 
         slow: the signal may rest for 30 s in health (oxygen saturation), also on the converter's end, which the
             challenge's headers give to 100 %: never flat nor clipped.
     """
-    invalid_samples = find_invalid(raw)
-    some_invalid = bool(invalid_samples.any())
-    valid = raw[~invalid_samples] if some_invalid else raw
-    low, high = (valid.min(), valid.max()) if len(valid) else (0, 0)
     digital = raw.dtype == np.int16
+    # The lowest code is that of a sample that was not measured, so the smallest sample tells whether there is one.
+    some_invalid = bool(raw.min(initial=0) == INVALID_SAMPLE) if digital else bool(find_invalid(raw).any())
+    invalid_samples = find_invalid(raw) if some_invalid else None
+    valid = raw[~invalid_samples] if invalid_samples is not None else raw
+    low, high = (valid.min(), valid.max()) if len(valid) else (0, 0)
     flat_below = _FLAT_STEPS if digital else 1e-3 * float(valid.std(dtype=np.float64)) if len(valid) else 0.0
     second = max(1, int(rate))
     stuck_at = not slow and float(high) - float(low) >= _STUCK_RANGE if digital else not slow and high > low
     rails = digital and not slow and (low <= -32767 or high == 32767)
     flags = np.zeros((3, windows), np.bool_)
     cuts = _cut(raw, rate, windows)
-    invalid_cuts = _cut(invalid_samples, rate, windows) if some_invalid else None
-    for number, window in enumerate(cuts):
+    shortest = min((len(window) for window in cuts), default=0)
+    # What is rare in the whole recording cannot be frequent in a window.
+    rails = rails and np.count_nonzero((raw <= -32767) | (raw == 32767)) > _RAIL_SHARE * shortest
+    stuck_at = stuck_at and np.count_nonzero(raw == low) + np.count_nonzero(raw == high) > _STUCK_SHARE * shortest
+    invalid_cuts = _cut(invalid_samples, rate, windows) if invalid_samples is not None else None
+    moving = _find_moving(raw, rate, windows, flat_below) if not slow and invalid_cuts is None else None
+    for number in range(windows) if moving is None else np.flatnonzero(~moving | rails | stuck_at).tolist():
+        window = cuts[number]
         if invalid_cuts is not None and invalid_cuts[number].any():
             flags[0, number] = True
-        elif not slow and _is_flat(window, second, flat_below):
+        elif not slow and (moving is None or not moving[number]) and _is_flat(window, second, flat_below):
             flags[1, number] = True
         else:
             flags[2, number] = (rails and _is_on_rails(window)) or (
                 stuck_at and _is_stuck(window, float(low), float(high))
             )
     return WindowFaults(invalid=flags[0], flat=flags[1], clipped=flags[2])
+
+
+def _find_moving(
+    raw: Real[np.ndarray, "samples"], rate: float, windows: int, flat_below: float
+) -> Bool[np.ndarray, "windows"] | None:
+    """True where a few samples of a window show at once that it is not flat; None if a second is no whole number.
+
+    The squares of all deviations add up to no less than those of some samples from their own mean. So a window moves
+    enough if every eighth sample says so by itself, and less than half of its seconds are constant if three samples
+    that differ say so of more than half.
+    """
+    second = int(rate)
+    if second != rate or second < 1 or windows == 0:
+        return None
+    seconds = raw[: windows * WINDOW_SECONDS * second].reshape(windows, WINDOW_SECONDS, second)
+    first = seconds[:, :, 0]
+    doubtful = ((first == seconds[:, :, second // 2]) & (first == seconds[:, :, -1])).sum(axis=1)
+    some = seconds.reshape(windows, -1)[:, ::_FEWER].astype(np.float64)
+    squares = some.var(axis=1) * some.shape[1]
+    # With a tenth to spare, far more than single precision rounds off.
+    enough = squares > 1.1 * flat_below**2 * WINDOW_SECONDS * second
+    return np.asarray((doubtful < _FLAT_SECONDS * WINDOW_SECONDS) & enough)
 
 
 def _is_flat(window: Real[np.ndarray, "window"], second: int, flat_below: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,31 +18,96 @@ from physioray.storage import StorageError
 
 
 class _Shard:
-    """Views into one memory-mapped shard; a record batch's columns are looked up once, when first used."""
+    """One open shard, and the record batches of it that have been asked for, which keep its memory in place."""
 
     def __init__(self, cohort: Cohort, recording: StoredRecording, modalities: Sequence[str]) -> None:
         self.reader = cohort.open_shard(recording)
-        self.modalities = tuple(modalities)
         missing = [name for name in modalities if self.reader.schema.get_field_index(name) < 0]
         if missing:
             raise StorageError(f"{recording.file} must hold {missing}, but holds {self.reader.schema.names}.")
-        self.samples = {name: cohort.modalities[name].samples for name in modalities}
-        self.views: dict[int, dict[str, NDArray[np.int16]]] = {}
+        self.held: dict[int, pa.RecordBatch] = {}
 
-    def view(self, number: int) -> dict[str, NDArray[np.int16]]:
-        """Signals `(rows, samples)` per modality of record batch `number`, without a copy."""
-        if number not in self.views:
-            record_batch = self.reader.get_batch(number)
-            self.views[number] = {
-                name: view_tensor(record_batch.column(name), self.samples[name]) for name in self.modalities
-            }
-        return self.views[number]
+    def find_signals(self, number: int, samples: Mapping[str, int]) -> list[int]:
+        """Where in memory the signals of record batch `number` begin, modality by modality."""
+        self.held[number] = self.reader.get_batch(number)
+        return [
+            view_tensor(self.held[number].column(name), samples[name]).__array_interface__["data"][0]
+            for name in samples
+        ]
 
 
 def view_tensor(column: pa.Array, samples: int) -> NDArray[np.int16]:
     """A tensor column as an array `(rows, samples)` that shares its memory."""
     flat = column.storage.flatten().to_numpy(zero_copy_only=True)
     return flat.reshape(len(column), samples)
+
+
+_CACHED_ROWS = 32
+"""Rows that numpy copies at a time: twice, so the first copy should still lie in the processor's cache."""
+_MOST_KEPT = 4
+"""Buffers of one modality that are kept for the next batch; a loop has one or two batches in hand."""
+
+
+class _Memory:
+    """This process's memory from one address on as overlapping rows `(count, samples)`, one at every second byte."""
+
+    def __init__(self, lowest: int, count: int, samples: int) -> None:
+        # Declared writable for PyTorch, which warns otherwise; nobody writes.
+        self.__array_interface__: dict[str, Any] = {
+            "shape": (count, samples),
+            "typestr": np.dtype(np.int16).str,
+            "strides": (2, 2),
+            "data": (lowest, False),
+            "version": 3,
+        }
+
+
+def gather_rows(addresses: Int64[np.ndarray, "b"], out: Int16[np.ndarray, "b samples"]) -> None:
+    """Copy rows of int16 numbers that lie anywhere in this process's memory into `out`.
+
+    A few calls for the rows of many maps: between them lies much that is no memory, but it is never looked at. Whoever
+    calls keeps the maps open.
+    """
+    if not len(addresses):
+        return
+    lowest = int(addresses.min())
+    place = (addresses - lowest) >> 1
+    memory = np.asarray(_Memory(lowest, int(place.max()) + 1, out.shape[1]))
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        # Used where it is loaded anyway: numpy cannot pick overlapping rows straight into an array.
+        torch.index_select(torch.from_numpy(memory), 0, torch.from_numpy(place), out=torch.from_numpy(out))
+        return
+    for first in range(0, len(place), _CACHED_ROWS):
+        out[first : first + _CACHED_ROWS] = memory[place[first : first + _CACHED_ROWS]]
+
+
+class _Buffers:
+    """Arrays for signals, each given out again once nobody holds it or a part of it.
+
+    New memory for every batch would cost more than copying the signals into it: the system gives it out in pages that
+    it has to clear first.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.kept: list[NDArray[np.int16]] = []
+
+    def take(self, rows: int) -> Int16[np.ndarray, "rows samples"]:
+        for number in range(len(self.kept)):
+            if _count_holders(self.kept, number) == _NOBODY and len(self.kept[number]) >= rows:
+                return self.kept[number][:rows]
+        array = np.empty((rows, self.samples), np.int16)
+        self.kept = [*self.kept[1 - _MOST_KEPT :], array]
+        return array[:rows]
+
+
+def _count_holders(arrays: list[NDArray[np.int16]], number: int) -> int:
+    return sys.getrefcount(arrays[number])
+
+
+_NOBODY = _count_holders([np.empty(1, np.int16)], 0)
+"""What is counted for an array that only a list holds, which depends on the interpreter."""
 
 
 def count_files_allowed() -> int:
@@ -81,19 +147,59 @@ class WindowReader:
         self.shards: dict[int, _Shard] = {}
         self.most_open = count_files_allowed() // 2
         self.firsts = np.array([item.first for item in cohort.recordings], np.int64)
+        batches = [-(-item.rows // BATCH_ROWS) for item in cohort.recordings]
+        self.first_batches = np.cumsum([0, *batches[:-1]])
+        self.samples = {name: cohort.modalities[name].samples for name in names}
+        self.buffers = {name: _Buffers(samples) for name, samples in self.samples.items()}
+        # Where the signals of each record batch begin, by modality; zero where it has not been looked up.
+        self.addresses = np.zeros((len(names), sum(batches)), np.int64)
         self.subjects = np.array([item.subject_index for item in cohort.recordings], np.int64)
         self.labels = {task: cohort.read_column(label_column(task)).astype(np.int8) for task in TASKS}
         self.present = {name: cohort.read_column(present_column(name)).astype(bool) for name in names}
 
-    def _open(self, index: int) -> _Shard:
-        """The shard of a recording; of more than a process may hold open, the longest unused are closed."""
-        shard = self.shards.pop(index, None)
-        if shard is None:
-            while len(self.shards) >= self.most_open:
-                del self.shards[next(iter(self.shards))]
-            shard = _Shard(self.cohort, self.cohort.recordings[index], self.names)
-        self.shards[index] = shard
-        return shard
+    def _hold(self, recordings: NDArray[np.int64]) -> None:
+        """Open the shards of some recordings; of more than a process may hold, the longest unused are closed."""
+        if len(self.firsts) > self.most_open:
+            for index in recordings.tolist():
+                if index in self.shards:
+                    self.shards[index] = self.shards.pop(index)
+        missing = [index for index in recordings.tolist() if index not in self.shards]
+        while missing and self.shards and len(self.shards) + len(missing) > self.most_open:
+            closed = next(iter(self.shards))
+            first = self.first_batches[closed]
+            self.addresses[:, [first + number for number in self.shards.pop(closed).held]] = 0
+        for index in missing:
+            self.shards[index] = _Shard(self.cohort, self.cohort.recordings[index], self.names)
+
+    def _gather(
+        self, recording: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> dict[str, Int16[np.ndarray, "b samples"]]:
+        """Signals of rows of at most `most_open` recordings."""
+        self._hold(np.unique(recording))
+        batch = self.first_batches[recording] + row // BATCH_ROWS
+        for place in np.flatnonzero(self.addresses[0, batch] == 0).tolist():
+            number = batch[place]
+            if self.addresses[0, number] == 0:
+                shard = self.shards[int(recording[place])]
+                self.addresses[:, number] = shard.find_signals(int(row[place]) // BATCH_ROWS, self.samples)
+        signals = {}
+        for place, (name, samples) in enumerate(self.samples.items()):
+            signals[name] = self.buffers[name].take(len(row))
+            gather_rows(self.addresses[place, batch] + row % BATCH_ROWS * (2 * samples), signals[name])
+        return signals
+
+    def _gather_any(
+        self, recording: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> dict[str, Int16[np.ndarray, "b samples"]]:
+        owners, which = np.unique(recording, return_inverse=True)
+        if len(owners) <= self.most_open:
+            return self._gather(recording, row)
+        signals = {name: np.empty((len(row), samples), np.int16) for name, samples in self.samples.items()}
+        for first in range(0, len(owners), self.most_open):
+            rows = np.flatnonzero((which >= first) & (which < first + self.most_open))
+            for name, part in self._gather(recording[rows], row[rows]).items():
+                signals[name][rows] = part
+        return signals
 
     def read(self, window_ids: Int64[np.ndarray, "b"]) -> Batch:
         """The batch of some windows, in the order given.
@@ -102,16 +208,7 @@ class WindowReader:
             LockedSplitError: a window is of a locked test split.
         """
         recording, row = self._locate(window_ids)
-        signals = {
-            name: np.empty((len(window_ids), self.cohort.modalities[name].samples), np.int16) for name in self.names
-        }
-        # Rows are copied one by one: a row is one contiguous run of bytes in the map.
-        for place, (index, line) in enumerate(zip(recording.tolist(), row.tolist(), strict=True)):
-            views = self._open(index).view(line // BATCH_ROWS)
-            inside = line % BATCH_ROWS
-            for name in self.names:
-                signals[name][place] = views[name][inside]
-        return self.describe(window_ids, signals)
+        return self.describe(window_ids, self._gather_any(recording, row))
 
     def describe(
         self, window_ids: Int64[np.ndarray, "b"], signals: Mapping[str, Int16[np.ndarray, "b samples"]]

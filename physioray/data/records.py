@@ -332,7 +332,8 @@ def read_arousal_file(source: Location, entry: RecordEntry) -> ArousalFile | Non
             f"{place.name} must be HDF5 with data/arousals and data/sleep_stages of one length, but: {reason}. "
             "Download it again, or remove it to use .arousal."
         ) from error
-    arousals = np.nan_to_num(values, nan=9).astype(np.int8)
+    whole = np.issubdtype(values.dtype, np.integer)
+    arousals = (values if whole else np.nan_to_num(values, nan=9)).astype(np.int8)
     if len(arousals) and not ((arousals == values).all() and arousals.min() >= -1 and arousals.max() <= 1):
         raise RejectedRecording(f"{place.name} must hold -1, 0 and 1 as arousals, but holds others.")
     return ArousalFile(arousals=arousals, stages=stages)

@@ -6,7 +6,7 @@ rows from the shards and emit them as Arrow blocks, on whatever node has a CPU f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -22,8 +22,11 @@ from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.gather import WindowReader
 from physioray.signals import TASKS, label_column, present_column
 
-TASK_WINDOWS = 512
-"""Windows of one read task: enough that starting a task costs little beside its reading."""
+BLOCK_BYTES = 96 * 2**20
+"""Bytes of windows that a read task hands over at once: a block costs Ray tens of milliseconds, however small it is.
+Below the size at which Ray Data cuts blocks (128 MiB)."""
+MOST_TASKS = 128
+"""Read tasks of one pass: all are made before the first batch comes, so a long pass has longer ones."""
 
 
 class _OrderedWindows(Datasource):
@@ -46,12 +49,14 @@ class _OrderedWindows(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,  # noqa: ARG002
     ) -> list[ReadTask]:
-        """Read tasks of about TASK_WINDOWS windows each, in order."""
-        each = max(1, TASK_WINDOWS // max(1, len(self.batches[0])))
+        """Read tasks in order, each of one block or more."""
+        each = max(1, BLOCK_BYTES // self.row_bytes // max(1, len(self.batches[0])))
+        blocks = [np.concatenate(self.batches[i : i + each]) for i in range(0, len(self.batches), each)]
+        length = -(-len(blocks) // MOST_TASKS)
         tasks = []
-        for first in range(0, len(self.batches), each):
-            chunk = self.batches[first : first + each]
-            rows = sum(len(batch) for batch in chunk)
+        for first in range(0, len(blocks), length):
+            chunk = blocks[first : first + length]
+            rows = sum(len(block) for block in chunk)
             metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self.row_bytes, input_files=None, exec_stats=None)
             read = partial(_read, self.uri, self.fingerprint, self.test_locked, self.modalities, chunk)
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
@@ -59,10 +64,10 @@ class _OrderedWindows(Datasource):
 
 
 def _read(
-    uri: str, fingerprint: str, test_locked: bool, modalities: tuple[str, ...], chunk: list[NDArray[np.int64]]
+    uri: str, fingerprint: str, test_locked: bool, modalities: tuple[str, ...], blocks: list[NDArray[np.int64]]
 ) -> Iterator[pa.Table]:
     reader = _open_reader(uri, fingerprint, test_locked, modalities)
-    for window_ids in chunk:
+    for window_ids in blocks:
         yield _to_table(reader.read(window_ids))
 
 
@@ -92,16 +97,16 @@ def _to_table(batch: Batch) -> pa.Table:
     return pa.table(columns)
 
 
-def _to_batch(table: pa.Table, modalities: Sequence[str]) -> Batch:
-    table = table.combine_chunks()
+def _to_batch(table: pa.RecordBatch, modalities: Sequence[str]) -> Batch:
+    """The windows of a record batch, which share its memory."""
 
     def column(name: str) -> np.ndarray:
-        return table.column(name).chunk(0).to_numpy(zero_copy_only=False)
+        return table.column(name).to_numpy(zero_copy_only=False)
 
     signals = {}
     for name in modalities:
-        chunk = table.column(name).chunk(0)
-        signals[name] = chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
+        tensor = table.column(name)
+        signals[name] = tensor.flatten().to_numpy(zero_copy_only=True).reshape(len(tensor), -1)
     return Batch(
         signals=signals,
         present={name: column(present_column(name)) for name in modalities},
@@ -110,6 +115,20 @@ def _to_batch(table: pa.Table, modalities: Sequence[str]) -> Batch:
         recording=column("recording"),
         subject=column("subject"),
     )
+
+
+def _cut(pieces: Iterator[Batch], sizes: Iterable[int]) -> Iterator[Batch]:
+    """Batches of given sizes out of longer or shorter ones; a part of one piece shares its memory."""
+    piece, first = next(pieces), 0
+    for size in sizes:
+        parts = []
+        while size > 0:
+            if first == len(piece):
+                piece, first = next(pieces), 0
+            part = piece[first : first + size]
+            parts.append(part)
+            first, size = first + len(part), size - len(part)
+        yield parts[0] if len(parts) == 1 else Batch.join(parts)
 
 
 class StreamSource:
@@ -156,13 +175,10 @@ class StreamSource:
             return
         _keep_order()
         dataset = ray.data.read_datasource(_OrderedWindows(self.cohort, tuple(self.modalities), batches))
-        # Every batch but the last has the same size, so cutting the stream by that size gives back the batches,
-        # except that a last one which is larger comes in two pieces.
-        size = len(batches[0])
-        tables = iter(dataset.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2))
-        for expected in batches:
-            pieces = [next(tables) for _ in range(-(-len(expected) // size))]
-            batch = _to_batch(pa.concat_tables(pieces), tuple(self.modalities))
+        tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        names = tuple(self.modalities)
+        blocks = (_to_batch(part, names) for table in tables for part in table.to_batches())
+        for expected, batch in zip(batches, _cut(blocks, [len(batch) for batch in batches]), strict=True):
             if not np.array_equal(batch.window_id, expected):
                 raise RuntimeError("Ray Data must keep the order of windows, but changed it: report this as a bug.")
             yield batch
