@@ -1,12 +1,12 @@
 """From checkpoints to figures: any strategy, absent modalities, any number of readers, and a page of its own."""
 
-from dataclasses import re
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import replace
 
 from physioray.analysis import AnalysisJob, AnalysisSums, analyse, find_checkpoint, measure, merge_sums, summarise
 from physioray.analysis_config import AnalysisConfig
