@@ -224,7 +224,7 @@ def test_trials_with_two_workers_survive_a_dead_one_and_give_everything_back_whe
     good, bad = result.trials
     assert [trial.state for trial in result.trials] == ["finished", "stopped"], result.trials
     assert [line["epoch"] for line in good.reports] == [1, 2, 3] and bad.last["epoch"] == 1
-    assert good.last["sleep"] > bad.last["sleep"] + 0.1
+    assert good.reports[0]["sleep"] > bad.last["sleep"]
 
     # The trial that was given up has no worker and no place left; its pretraining is not finished.
     assert max(groups for _, groups, _ in looks) >= 2, "the watcher saw no group of workers at all"
