@@ -96,8 +96,7 @@ def set_up_sweep(
     passes = settings.train.passes
     rungs = choose_rungs(passes) if halving and evaluation == "probe" else ()
     out = options.out if options.evaluation != "both" else os.path.join(options.out, evaluation)
-    place = open_location(options.out)
-    store = options.steps or (place.folder / "steps").uri
+    store = options.steps or (open_location(options.out).folder / "steps").uri
     plan = TrialPlan(
         cohort=open_location(options.cohort).uri,
         store=open_location(store).uri,

@@ -29,6 +29,7 @@ from physioray.sweep_trial import RunTrial, Trial
 from physioray.trials import Here, TrialPlan, TrialSettings, Workplace, make_base, run_trial
 from tests.buckets import serve_bucket
 from tests.sweep_trials import fit_logistic, make_plan, sweep_by_hand
+from tests.test_experiments import FOLDER, load
 from tests.test_sweep_driver import strip
 from tests.written_cohorts import write_cohort
 
@@ -223,7 +224,7 @@ def test_trials_with_two_workers_survive_a_dead_one_and_give_everything_back_whe
     good, bad = result.trials
     assert [trial.state for trial in result.trials] == ["finished", "stopped"], result.trials
     assert [line["epoch"] for line in good.reports] == [1, 2, 3] and bad.last["epoch"] == 1
-    assert good.last["sleep"] > bad.last["sleep"] + 0.1
+    assert good.reports[0]["sleep"] > bad.last["sleep"]
 
     # The trial that was given up has no worker and no place left; its pretraining is not finished.
     assert max(groups for _, groups, _ in looks) >= 2, "the watcher saw no group of workers at all"
@@ -248,6 +249,20 @@ def test_trials_with_two_workers_survive_a_dead_one_and_give_everything_back_whe
     again = run_sweep(plan, run, str(tmp_path / "one"), concurrent=1)
     assert again.trials[0].last["sleep"] == good.last["sleep"]
     assert not (tmp_path / "never").exists(), "it was pretrained again"
+
+
+def test_an_experiment_runs_as_it_is_typed(
+    cohort: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    typed = ["sweep_training_size.py", "--cohort", cohort[0], "--out", str(out), "--smoke", "--concurrent", "1"]
+    monkeypatch.setattr("sys.argv", typed)
+    load(FOLDER / "sweep_training_size.py").main()
+    result = read_sweep(out)
+    assert [trial.state for trial in result.trials] == ["finished"] * 2
+    assert len([step for step in (tmp_path / "steps" / "pretrain").iterdir()]) == 1, "they share one pretraining"
+    said = capsys.readouterr().out
+    assert "SIMULATED SIGNALS" in said and f"physioray evaluate {out}/trials/" in said
 
 
 def test_a_sweep_of_a_cohort_in_a_bucket_into_a_bucket_scores_as_on_a_disk(

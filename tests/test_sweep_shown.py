@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from physioray.search_space import choice, loguniform
-from physioray.storage import StorageError
-from physioray.sweep_journal import SweepResult
-from physioray.sweep_plan import Objective
+from physioray.presets import find_preset
+from physioray.search_space import choice, list_grid, loguniform
+from physioray.storage import StorageError, open_location
+from physioray.sweep_figures import plot_field
+from physioray.sweep_journal import SweepResult, TrialRecord
+from physioray.sweep_plan import Objective, SweepPlan
 from physioray.sweep_report import describe_sweep, write_sweep_report
 from physioray.sweep_trial import Trial
 from tests.sweep_trials import FitConfig, fit_logistic, make_plan, sweep_by_hand
@@ -200,3 +202,31 @@ def test_the_page_of_a_sweep_that_has_not_finished_anything_can_be_written(tmp_p
     assert "No trial has finished yet" in text and "not today" in text and "2 trials (2 failed)" in text
     with pytest.raises(StorageError, match="Has the sweep been started"):
         write_sweep_report(tmp_path / "nowhere")
+
+
+def test_the_curve_of_the_mask_ratio_is_figure_3_with_a_line_per_arm_and_size_and_intervals(tmp_path: Path) -> None:
+    tiny = find_preset("tiny")
+    plan = SweepPlan(
+        space={
+            "training_subjects": choice([25, 500]),
+            "objective.mask.drop": choice([True, False]),
+            "objective.mask.hidden_ratio": choice([0.3, 0.5, 0.7, 0.9]),
+        },
+        base={"training_subjects": None, "objective": tiny.objective},
+        objectives=(Objective(metric="sleep"),),
+        sampler="grid",
+    )
+    trials = []
+    for number, parameters in enumerate(list_grid(plan.space)):
+        line = {"epoch": 1.0, "seconds": 1.0, "sleep": 0.5, "sleep_low": 0.45, "sleep_high": 0.55}
+        trials.append(TrialRecord(number=number, parameters=parameters, state="finished", reports=(line,)))
+    settings = plan.describe() | {"trials": 16, "evaluate_command": ""}
+    result = SweepResult(folder=open_location(tmp_path), settings=settings, trials=tuple(trials))
+    figure = plot_field(result, plan.objectives[0])
+    assert figure is not None
+    for size in (25, 500):
+        for drop in (True, False):
+            assert f"training_subjects {size}, drop {drop}" in figure
+    # Four lines of four points, each point with its interval.
+    assert len(re.findall(r'<g id="[^"]*LineCollection_\d+"', figure)) == 4
+    assert "objective.mask.hidden_ratio" in figure and "sleep" in figure
