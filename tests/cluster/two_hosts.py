@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -143,19 +144,24 @@ def run_small_sweep(laboratory: Laboratory, camera: Camera) -> dict[str, Any]:
         "sweep", "python", "experiments/sweep_mask_ratio.py", "--cohort", str(cohort), "--out", str(out), "--smoke",
         "--trials", str(SWEEP_TRIALS),
     )  # fmt: skip
-    began, hosts = time.monotonic(), set[str]()
+    began, hosts, ended = time.monotonic(), set[str](), threading.Event()
 
-    def look() -> str | None:
-        for file in out.glob("trials/*/running.json"):
-            with suppress(OSError):  # it has just ended
-                text = file.read_text()
-                hosts.update(host.name for host in laboratory.hosts if host.name in text)
-        state = laboratory.job_status("sweep")
-        return state if state in ENDS else None
+    def look() -> None:
+        while not ended.wait(0.2):
+            for file in out.glob("trials/*/running.json"):
+                with suppress(OSError):  # it has just ended
+                    text = file.read_text()
+                    hosts.update(host.name for host in laboratory.hosts if host.name in text)
 
-    wait_for("the sweep's first trials", 200, lambda: look() or hosts)
-    camera.take(photograph_dashboard, DASHBOARD, TOKEN, "sweep", ["host1", "host2"], name="sweep")
-    state = wait_for("the end of the sweep", 400, look)
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        wait_for("the sweep's first trials", 200, lambda: hosts or laboratory.job_status("sweep") in ENDS)
+        camera.take(photograph_dashboard, DASHBOARD, TOKEN, "sweep", ["host1", "host2"], name="sweep")
+        state = finish(laboratory, "sweep", 400)
+    finally:
+        ended.set()
+        looking.join()
     return {"state": state, "log": laboratory.job_log("sweep"), "hosts": sorted(hosts),
             "seconds": time.monotonic() - began, "out": str(out)}  # fmt: skip
 
