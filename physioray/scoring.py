@@ -295,10 +295,7 @@ def count_confusions(predictions: pa.Table) -> dict[tuple[str, str, str, int], I
 def count_people(predictions: pa.Table, task: Task, names: Sequence[str]) -> SubjectCounts:
     """The confusion matrix of every person in a table of one task's predictions, for the aggregate's interval.
 
-    Args:
-        predictions: of one task and seed, see `results.prediction_schema`.
-        task: which.
-        names: everybody who is scored on any task, sorted; a person's number is the place among them.
+    A person's number is the place among `names`: everybody who is scored on any task, sorted.
     """
     owner = np.searchsorted(np.asarray(names), predictions.column("subject").to_numpy(zero_copy_only=False))
     people, place = np.unique(owner, return_inverse=True)
