@@ -171,8 +171,7 @@ def pretrain(
     shared: dict[str, Any] = {"batch_size": job.train.batch_size, "seed": job.train.seed, "modalities": names}
     shared |= {"rank": group.rank, "world_size": group.world_size}
     objective = build_objective(job.objective)
-    if getattr(objective, "pairs", False):
-        shared["pairs"] = True
+    shared |= {"pairs": True} if getattr(objective, "pairs", False) else {}
     make_own = partial(HeldSource, device=device) if job.keep_on_device else make_source
     source = make_own(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
     validation = None if "validation" in job.splits else _make_validation(cohort, names, make_source, shared)
