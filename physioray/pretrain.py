@@ -171,21 +171,17 @@ def pretrain(
     shared: dict[str, Any] = {"batch_size": job.train.batch_size, "seed": job.train.seed, "modalities": names}
     shared |= {"rank": group.rank, "world_size": group.world_size}
     objective = build_objective(job.objective)
-    if getattr(objective, "pairs", False):
-        shared["pairs"] = True
-    make_training_source = partial(HeldSource, device=device) if job.keep_on_device else make_source
-    source = make_training_source(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
+    shared |= {"pairs": True} if getattr(objective, "pairs", False) else {}
+    make_own = partial(HeldSource, device=device) if job.keep_on_device else make_source
+    source = make_own(cohort, find_pretraining_windows(cohort, job.splits, names), **shared)
     validation = None if "validation" in job.splits else _make_validation(cohort, names, make_source, shared)
     if validation is None and screen is not None and group.rank == 0:
         screen.say("No validation loss: the validation subjects have no window (or pair) for every worker.")
     journal = Journal(out, job.train.passes, _flatten(to_dict(job)), screen, after_pass, watcher)
     if group.rank == 0:
         _record_settings(job, out, cohort, source)
-    model = build_model(job.model, job.train.seed)
-    if job.compile_blocks:
-        compile_blocks(model)
     return train(
-        model=model,
+        model=_make_model(job),
         objective=objective,
         source=source,
         validation=validation,
@@ -223,6 +219,14 @@ def _describe_identity(job: PretrainJob) -> dict[str, Any]:
         "objective": describe_settings(job.objective),
         "splits": list(job.splits),
     }
+
+
+def _make_model(job: PretrainJob) -> Model:
+    """The untrained model, its layers to be compiled when they first run if the job says so."""
+    model = build_model(job.model, job.train.seed)
+    if job.compile_blocks:
+        compile_blocks(model)
+    return model
 
 
 def _record_settings(job: PretrainJob, out: Location, cohort: Cohort, source: BatchSource) -> None:

@@ -39,7 +39,8 @@ class ChunkTokenizer(nn.Module):
         padded = functional.pad(chunks, (half, half))
         weight, bias = self.convolution.weight[:, 0], self.convolution.bias
         assert bias is not None
-        if chunks.device.type == "cpu" and torch.is_grad_enabled() and not chunks.requires_grad:
+        learning = self.training and torch.is_grad_enabled() and not chunks.requires_grad
+        if learning and chunks.device.type == "cpu":
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
             # The largest of some numbers, plus a number, is the largest of the sums.
             pooled = _ConvolvedMaxima.apply(padded.to(dtype), weight.to(dtype), self.pool) + bias.to(dtype)

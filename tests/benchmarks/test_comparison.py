@@ -36,3 +36,5 @@ def test_contenders_take_turns_and_the_file_holds_every_figure(tmp_path: Path) -
     book = Notebook(tmp_path)
     book.keep(Comparison(title="t", unit="s", better="less", figures=figures))
     assert '"physioray"' in book.path.read_text()
+    book.leave_out("a row", "no GPU")
+    assert book.not_run == ["a row: not run yet, no GPU"]
