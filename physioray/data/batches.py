@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int16, Int64
@@ -42,20 +42,17 @@ class Batch:
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the windows, sharing this batch's memory."""
-        return Batch(
-            **{
-                item.name: {key: array[rows] for key, array in value.items()}
-                if isinstance(value, Mapping)
-                else value[rows]
-                for item in fields(self)
-                for value in [getattr(self, item.name)]
-            }
-        )
+        parts: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            shared = isinstance(value, Mapping)
+            parts[item.name] = {key: array[rows] for key, array in value.items()} if shared else value[rows]
+        return Batch(**parts)
 
     @classmethod
     def join(cls, batches: Sequence[Batch]) -> Batch:
         """The windows of several batches, one after the other."""
-        joined = {}
+        joined: dict[str, Any] = {}
         for item in fields(cls):
             values = [getattr(batch, item.name) for batch in batches]
             if isinstance(values[0], Mapping):

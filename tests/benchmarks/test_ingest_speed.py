@@ -1,8 +1,8 @@
 """Seconds of one core per SIMULATED night of 7.7 h, 4 of 13 channels at 200 Hz, beside a peer's steps and the limit.
 
 The peer's steps are those of SleepFM's extraction as its public code is described (Thapa et al. 2024, arXiv
-2405.17766): the whole night's 13 channels go through FFT resampling from 200 to 256 Hz, and every window of 30 s becomes
-an array file of its own, with a pickle of labels. Single precision throughout, to its advantage.
+2405.17766): the whole night's 13 channels go through FFT resampling from 200 to 256 Hz, and every window of 30 s
+becomes an array file of its own, with a pickle of labels. Single precision throughout, to its advantage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Memory of a training worker and of the driver over passes, through the real loop: it must stay flat.
 
 Measured is what belongs to a process alone and lies in memory (`Private_Dirty` in `/proc/PID/smaps_rollup`): not the
-pages of mapped shards, which are the system's cache, nor Ray's shared store. Read after every pass; the first is warm-up.
+pages of mapped shards, which are the system's cache, nor Ray's shared store. Read after every pass; the
+first is warm-up.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def note(number, out):
 
 cohort, out, way, passes = sys.argv[1:5]
 preset = find_preset("tiny")
-job = PretrainJob.from_preset(preset, cohort=cohort, out=out, train=replace(preset.train, passes=int(passes)), threads=1)
+settings = replace(preset.train, passes=int(passes))
+job = PretrainJob.from_preset(preset, cohort=cohort, out=out, train=settings, threads=1)
 driver = []
 if way == "gather":
     pretrain(job, after_pass=note)

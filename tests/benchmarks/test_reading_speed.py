@@ -287,6 +287,6 @@ def test_shards_in_a_bucket_cold_and_mirrored(
             unit="windows/s",
             better="more",
             figures=figures,
-            note=f"{SIMULATED}; S3 server on this machine (moto), short passes of {len(local.plan.window_ids):,} windows",
+            note=f"{SIMULATED}; S3 by moto on this machine; passes of {len(local.plan.window_ids):,} windows",
         )
     )
