@@ -109,7 +109,7 @@ def _drifts(analyses: Mapping[str, Analysis], name: str, modality: str) -> Compa
 
 
 def _describe(number: Number, signed: bool = False) -> str:
-    form = "{:+.3f}" if signed else "{:.3f}"
+    form = "{:+.4f}" if signed else "{:.4f}"
     bounds = "" if number.low is None or number.high is None else f" [{form}, {form}]".format(number.low, number.high)
     return form.format(number.value) + bounds
 

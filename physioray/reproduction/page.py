@@ -220,7 +220,7 @@ def _describe_sweep(part: SweepPart, found: Found, records: Mapping[str, PartRec
     names = list(result.settings["order"])
     done = [trial for trial in result.trials if trial.state == "finished" and "sleep" in trial.last]
     if not part.recipe.trials:
-        done.sort(key=lambda trial: tuple(str(trial.parameters[name]) for name in names))
+        done.sort(key=lambda trial: [_order(trial.parameters[name]) for name in names])
     else:
         done.sort(key=lambda trial: -trial.last["sleep"])
     alt = f"{part.title}: balanced accuracy of sleep stages with intervals; the same numbers stand in the table below"
@@ -239,6 +239,11 @@ def _describe_sweep(part: SweepPart, found: Found, records: Mapping[str, PartRec
         "summary": summarise_sweep(result),
         "failed": [(trial.number, trial.reason) for trial in result.trials if trial.state == "failed"],
     }
+
+
+def _order(value: Any) -> tuple[float, str]:
+    """Numbers by size, all else by name."""
+    return (float(value), "") if isinstance(value, int | float) else (0.0, str(value))
 
 
 def _title(name: str) -> str:
