@@ -104,8 +104,7 @@ def run_attempt(
 ) -> None:
     """Run a trial, or go on with one that was interrupted.
 
-    What earlier attempts have reported is told again first, so that the scheduler judges as if there had been no
-    interruption; a trial whose function had returned is not run again.
+    What earlier attempts reported is told again first, to be judged as before; a trial that had ended is not run again.
 
     Args:
         number: a planned trial.

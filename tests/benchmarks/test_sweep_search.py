@@ -38,7 +38,7 @@ from physioray.sweep_search import choose_parameters
 PASSES = 9
 CLASSES = 5
 SEEDS = 5
-TRIALS = 60
+TRIALS = 100
 """So few that random search is not yet sure to have met one of the best."""
 
 Course = tuple[float, ...]
