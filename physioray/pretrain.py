@@ -197,30 +197,6 @@ def pretrain(
     )
 
 
-def is_finished(job: PretrainJob, cohort: Cohort) -> bool:
-    """True if the run's folder holds this very pretraining, all its passes done.
-
-    Raises:
-        StorageError: another pretraining, or a damaged checkpoint, stands there.
-    """
-    place = open_location(job.out) / "checkpoints" / "last.pt"
-    if not place.exists():
-        return False
-    content = load_checkpoint(place)
-    known = {"train": to_dict(job.train), "cohort": cohort.fingerprint, **_describe_identity(job)}
-    check_identity(content, known, place)
-    return bool(content["state"]["pass_number"] >= job.train.passes)
-
-
-def _describe_identity(job: PretrainJob) -> dict[str, Any]:
-    """What a checkpoint is made of beside the settings of the loop and the cohort."""
-    return {
-        "model": describe_settings(job.model),
-        "objective": describe_settings(job.objective),
-        "splits": list(job.splits),
-    }
-
-
 def _make_model(job: PretrainJob) -> Model:
     """The untrained model, its layers to be compiled when they first run if the job says so."""
     model = build_model(job.model, job.train.seed)
@@ -260,6 +236,30 @@ def choose_checkpoint(folder: Location, train: TrainConfig) -> Location:
     """The checkpoint that a finished run is judged by: the best one if that was asked for and there is one."""
     best = folder / "best.pt"
     return best if train.select == "best" and best.exists() else folder / "last.pt"
+
+
+def is_finished(job: PretrainJob, cohort: Cohort) -> bool:
+    """True if the run's folder holds this very pretraining, all its passes done.
+
+    Raises:
+        StorageError: another pretraining, or a damaged checkpoint, stands there.
+    """
+    place = open_location(job.out) / "checkpoints" / "last.pt"
+    if not place.exists():
+        return False
+    content = load_checkpoint(place)
+    known = {"train": to_dict(job.train), "cohort": cohort.fingerprint, **_describe_identity(job)}
+    check_identity(content, known, place)
+    return bool(content["state"]["pass_number"] >= job.train.passes)
+
+
+def _describe_identity(job: PretrainJob) -> dict[str, Any]:
+    """What a checkpoint is made of beside the settings of the loop and the cohort."""
+    return {
+        "model": describe_settings(job.model),
+        "objective": describe_settings(job.objective),
+        "splits": list(job.splits),
+    }
 
 
 def check_modalities(names: Sequence[str], cohort: Cohort, what: str) -> None:
