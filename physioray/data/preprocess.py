@@ -24,6 +24,7 @@ from scipy.signal import oaconvolve
 
 from physioray.config import IngestConfig
 from physioray.data.faults import WindowFaults, find_faults, find_invalid
+from physioray.data.quartiles import find_quartiles
 from physioray.signals import WINDOW_SECONDS, Modality
 
 _SAFE_SHARE = 0.45
@@ -36,7 +37,6 @@ _LARGEST_DRIFT = 1e-6
 """How far the ratio of two rates may be from the exact one: 0.03 s in a night."""
 _BLOCKS_AT_ONCE = 8
 """Blocks transformed together: the library works on as many at a time as fit a vector register."""
-_BINS = 2**16
 _WINDOWS_AT_ONCE = 32
 _CLIP_SHARE = 0.5
 """A window is clipped if more than this share of its scaled samples lies beyond `IngestConfig.clip`."""
@@ -284,31 +284,6 @@ def fill_invalid(
     bad = np.flatnonzero(invalid)
     filled[bad] = np.interp(bad, good, samples[good])
     return filled
-
-
-def find_quartiles(samples: Float32[np.ndarray, "samples"]) -> Float64[np.ndarray, "3"]:
-    """Quartiles exactly as `np.percentile` gives them, of finite samples, without ordering all of them.
-
-    A histogram says in which bins the samples of the ranks that are asked for lie; only these bins are sorted.
-    """
-    low, high = samples.min(), samples.max()
-    width = float(high) - float(low)
-    if not (math.isfinite(width) and width > 0) or len(samples) < _BINS:
-        return np.asarray(np.percentile(samples, (25, 50, 75)))
-    bins = ((samples - low) * np.float32((_BINS - 1) / width)).astype(np.uint16)
-    until = np.cumsum(np.bincount(bins, minlength=_BINS))
-    quartiles = []
-    for share in (0.25, 0.5, 0.75):
-        place = (len(samples) - 1) * share
-        rank = int(place)
-        first, last = np.searchsorted(until, (rank, rank + 1), side="right")
-        some = np.sort(samples[(bins >= first) & (bins <= last)])
-        before = rank - (int(until[first - 1]) if first else 0)
-        # Interpolated in the same order of operations, so that every bit is the same.
-        below, above, weight = some[before], some[before + 1], place - rank
-        step = float(above - below)
-        quartiles.append(float(above) - step * (1 - weight) if weight >= 0.5 else float(below) + step * weight)
-    return np.array(quartiles, np.float64)
 
 
 def measure_scale(samples: Float32[np.ndarray, "samples"], settings: IngestConfig) -> tuple[float, float, float]:

@@ -1,5 +1,6 @@
 """The order of windows, and batches by gather."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from physioray.data.batches import count_steps, order_windows, spread_recordings, take_share
+from physioray.data.batches import Batch, count_steps, order_windows, spread_recordings, take_share
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource, WindowReader
 from physioray.signals import TASKS, find_modality
@@ -109,3 +110,34 @@ def test_airflow_at_25_hz_has_its_own_length(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_no_cohort(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="physioray ingest"):
         Cohort.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("torch_loaded", [False, True])
+def test_a_batch_that_is_still_held_is_never_written_over(
+    cohort: Cohort, torch_loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    if not torch_loaded:
+        monkeypatch.delitem(sys.modules, "torch")
+    ids = np.random.default_rng(0).permutation(cohort.windows)
+    reader, places = WindowReader(cohort), [ids[i : i + 8] for i in range(0, len(ids) - 7, 8)]
+    held, addresses = [], set()
+    for number, place in enumerate(places * 4):
+        signal = reader.read(place).signals["eeg"]
+        addresses.add(signal.ctypes.data)
+        if number % 3 == 0:  # a part alone keeps its batch in place
+            held.append((number, signal[3, 100:200]))
+    assert len(addresses) < len(places * 4), "memory that nobody holds is used again"
+    for number, part in held:
+        again = WindowReader(cohort).read(places[number % len(places)])
+        assert np.array_equal(part, again.signals["eeg"][3, 100:200])
+
+
+def test_batches_are_cut_and_joined_without_changing_a_window(cohort: Cohort) -> None:
+    whole = WindowReader(cohort).read(np.arange(10))
+    again = Batch.join([whole[:3], whole[3:4], whole[4:]])
+    assert np.shares_memory(whole[2:5].signals["eeg"], whole.signals["eeg"])
+    for name in ("signals", "present", "labels"):
+        for key, array in getattr(whole, name).items():
+            assert np.array_equal(getattr(again, name)[key], array)
+    assert again.window_id.tolist() == list(range(10)) and np.array_equal(again.subject, whole.subject)

@@ -19,6 +19,7 @@ from physioray.data.preprocess import (
     process_channel,
     quantisation_step,
 )
+from physioray.data.quartiles import find_quartiles
 from physioray.signals import find_modality
 
 SETTINGS = IngestConfig()
@@ -242,3 +243,13 @@ def test_a_channel_without_a_usable_window_is_absent_with_the_counts() -> None:
     raw = np.full(12000, 4, np.int16)
     with pytest.raises(AbsentModality, match="none of 2 is \\(flat 2"):
         process_channel(raw.astype(np.float32), raw, 200.0, find_modality("eeg"), SETTINGS)
+
+
+@pytest.mark.parametrize("count", [100, 65_537, 65_538, 65_539, 70_000])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_quartiles_by_histogram_are_those_of_numpy_to_the_last_bit(count: int, rounded: bool) -> None:
+    # Heavy tails, as artefacts make them, put nearly all samples into few bins.
+    samples = (np.random.default_rng(count).standard_t(2, count) * 30).astype(np.float32)
+    samples = np.round(samples) if rounded else samples
+    assert np.array_equal(find_quartiles(samples), np.percentile(samples, (25, 50, 75)))
+    assert np.array_equal(find_quartiles(np.full(count, 3, np.float32)), [3, 3, 3])
