@@ -144,7 +144,7 @@ def run_trial(trial: ReportingTrial, plan: TrialPlan) -> None:
         splits=SELECTION_SPLITS,
         threads=plan.threads,
     )
-    store = StepStore(open_location(plan.store), commit=plan.commit, device=plan.device)
+    store = StepStore(open_location(plan.store), commit=plan.commit, device=plan.place.device)
     watch = _Watch(trial=trial, plan=plan, settings=settings) if plan.evaluation == "probe" and plan.rungs else None
     pretraining = pretrain_once(store, job, run=partial(_pretrain, plan.place, watch))
     (trial.folder / PRETRAINING_FILE).write_json({"folder": pretraining.folder.uri})
@@ -163,7 +163,8 @@ def _score(
     """Scores of validation subjects after the whole pretraining, and the steps that they rest on."""
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    store, scorer = StepStore(open_location(plan.store), commit=plan.commit), _Scorer.open(plan, settings)
+    store = StepStore(open_location(plan.store), commit=plan.commit, device=plan.place.device)
+    scorer = _Scorer.open(plan, settings)
     score = scorer.probe_step if plan.evaluation == "probe" else scorer.finetune
     return summarise(score(store, pretraining)), store.used
 

@@ -14,6 +14,7 @@ from physioray.grid_report import narrow_grid
 from physioray.search_space import Distribution, choice, loguniform, uniform
 from physioray.signals import LookupMiss
 from physioray.sweep_setup import Evaluation, SweepSetup, choose_sizes, set_up_sweep
+from physioray.trials import Here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,15 @@ class SweepRecipe:
     evaluations: tuple[Evaluation, ...] = ("probe",)
 
     def set_up(self, options: argparse.Namespace, evaluation: Evaluation) -> SweepSetup:
-        """The sweep on a cohort; options as of `sweep_setup.parse_options`."""
+        """The sweep on a cohort; options as of `parts.make_options`."""
         space = dict(self.space)
         if self.sizes:
             space = {"training_subjects": choice(list(choose_sizes(options, self.sizes))), **space}
         searched: dict[str, Any] = (
             {} if self.trials is None else {"sampler": "tpe", "trials": self.trials, "halving": True}
         )
-        return set_up_sweep(options, space, evaluation=evaluation, strategy=self.strategy, **searched)
+        place = Here(device=options.device)
+        return set_up_sweep(options, space, evaluation=evaluation, strategy=self.strategy, place=place, **searched)
 
 
 def _sweep_ratios(ratios: list[float], **changes: Any) -> SweepRecipe:
