@@ -38,6 +38,10 @@ class _OrderedWindows(Datasource):
         self.test_locked = cohort.test_locked
         self.modalities, self.batches = tuple(modalities), batches
         self.row_bytes = sum(2 * cohort.modalities[name].samples for name in modalities) + 64
+        each = max(1, BLOCK_BYTES // self.row_bytes // max(1, len(batches[0])))
+        blocks = [np.concatenate(batches[i : i + each]) for i in range(0, len(batches), each)]
+        length = -(-len(blocks) // MOST_TASKS)
+        self.chunks = [blocks[first : first + length] for first in range(0, len(blocks), length)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Bytes of all windows together."""
@@ -50,12 +54,8 @@ class _OrderedWindows(Datasource):
         data_context: DataContext | None = None,  # noqa: ARG002
     ) -> list[ReadTask]:
         """Read tasks in order, each of one block or more."""
-        each = max(1, BLOCK_BYTES // self.row_bytes // max(1, len(self.batches[0])))
-        blocks = [np.concatenate(self.batches[i : i + each]) for i in range(0, len(self.batches), each)]
-        length = -(-len(blocks) // MOST_TASKS)
         tasks = []
-        for first in range(0, len(blocks), length):
-            chunk = blocks[first : first + length]
+        for chunk in self.chunks:
             rows = sum(len(block) for block in chunk)
             metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self.row_bytes, input_files=None, exec_stats=None)
             read = partial(_read, self.uri, self.fingerprint, self.test_locked, self.modalities, chunk)
@@ -174,7 +174,9 @@ class StreamSource:
         if not batches:
             return
         _keep_order()
-        dataset = ray.data.read_datasource(_OrderedWindows(self.cohort, tuple(self.modalities), batches))
+        source = _OrderedWindows(self.cohort, tuple(self.modalities), batches)
+        # Told fewer or nothing, Ray Data cuts the blocks of few tasks into many small ones.
+        dataset = ray.data.read_datasource(source, override_num_blocks=len(source.chunks))
         tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         names = tuple(self.modalities)
         blocks = (_to_batch(part, names) for table in tables for part in table.to_batches())
