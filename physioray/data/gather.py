@@ -26,10 +26,14 @@ class _Shard:
         if missing:
             raise StorageError(f"{recording.file} must hold {missing}, but holds {self.reader.schema.names}.")
         self.held: dict[int, pa.RecordBatch] = {}
+        self.copied_bytes = 0
 
     def find_signals(self, number: int, samples: Mapping[str, int]) -> list[int]:
         """Where in memory the signals of record batch `number` begin, modality by modality."""
+        before = pa.total_allocated_bytes()
         self.held[number] = self.reader.get_batch(number)
+        # Nothing where the shard is mapped; the whole record batch where it is read by range from a bucket.
+        self.copied_bytes += max(0, pa.total_allocated_bytes() - before)
         return [
             view_tensor(self.held[number].column(name), samples[name]).__array_interface__["data"][0]
             for name in samples
@@ -44,6 +48,8 @@ def view_tensor(column: pa.Array, samples: int) -> NDArray[np.int16]:
 
 _CACHED_ROWS = 32
 """Rows that numpy copies at a time: twice, so the first copy should still lie in the processor's cache."""
+MOST_COPIED_BYTES = 2**30
+"""Of record batches that are read by range from a bucket, what a reader keeps for the next batch."""
 _MOST_KEPT = 4
 """Buffers of one modality that are kept for the next batch; a loop has one or two batches in hand."""
 
@@ -165,11 +171,23 @@ class WindowReader:
                     self.shards[index] = self.shards.pop(index)
         missing = [index for index in recordings.tolist() if index not in self.shards]
         while missing and self.shards and len(self.shards) + len(missing) > self.most_open:
-            closed = next(iter(self.shards))
-            first = self.first_batches[closed]
-            self.addresses[:, [first + number for number in self.shards.pop(closed).held]] = 0
+            self._close(next(iter(self.shards)))
         for index in missing:
             self.shards[index] = _Shard(self.cohort, self.cohort.recordings[index], self.names)
+
+    def _close(self, index: int) -> None:
+        first = self.first_batches[index]
+        self.addresses[:, [first + number for number in self.shards.pop(index).held]] = 0
+
+    def _give_back(self) -> None:
+        """Close the shards opened first, while more is kept of shards read by range than may be."""
+        copied = {index: shard.copied_bytes for index, shard in self.shards.items() if shard.copied_bytes}
+        kept = sum(copied.values())
+        for index, size in copied.items():
+            if kept <= MOST_COPIED_BYTES:
+                return
+            self._close(index)
+            kept -= size
 
     def _gather(
         self, recording: NDArray[np.int64], row: NDArray[np.int64]
@@ -186,6 +204,8 @@ class WindowReader:
         for place, (name, samples) in enumerate(self.samples.items()):
             signals[name] = self.buffers[name].take(len(row))
             gather_rows(self.addresses[place, batch] + row % BATCH_ROWS * (2 * samples), signals[name])
+        if not self.cohort.location.is_local:
+            self._give_back()
         return signals
 
     def _gather_any(

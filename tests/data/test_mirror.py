@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from physioray.data import gather
 from physioray.data.cohort import Cohort
 from physioray.data.gather import GatherSource, WindowReader, count_files_allowed
 from physioray.data.mirror import IDLE_SECONDS, Mirror, measure_folder
@@ -180,6 +181,23 @@ def test_the_mirror_stays_within_its_bound_and_the_rest_is_read_by_range(
     bucket.reads.clear()
     read_all(Cohort.open(uri))
     assert bucket.reads and not copied & set(bucket.reads), "what fits is not thrown out for what does not"
+
+
+@pytest.mark.usefixtures("bucket")
+def test_what_is_read_by_range_is_kept_within_a_bound_and_read_again_when_it_is_asked_for(
+    local: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = upload(tmp_path / "cohort")
+    monkeypatch.setenv("PHYSIORAY_MIRROR_GB", "0")
+    most = 60 * 2 * 3000  # two of the four shards have no room in it beside a third
+    monkeypatch.setattr(gather, "MOST_COPIED_BYTES", most)
+    reader, mapped = WindowReader(Cohort.open(uri)), WindowReader(local)
+    for start in (0, 70, 90, 110, 0):
+        ids = np.arange(start, start + 20)
+        assert np.array_equal(reader.read(ids).signals["eeg"], mapped.read(ids).signals["eeg"])
+        assert sum(shard.copied_bytes for shard in reader.shards.values()) <= most
+    assert len(reader.shards) < 4 == len(mapped.shards)
+    assert not any(shard.copied_bytes for shard in mapped.shards.values())
 
 
 @pytest.mark.usefixtures("bucket", "local")
