@@ -47,9 +47,9 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3").create_bucket(Bucket="nights")
+        boto3.client("s3").create_bucket(Bucket="everything")
         environment.chdir(tmp_path_factory.mktemp("here"))
-        yield "s3://nights"
+        yield "s3://everything"
         # Code that takes a URI for a path makes a folder with the name "s3:".
         assert not list(Path.cwd().iterdir())
     moto.stop()

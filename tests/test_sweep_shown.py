@@ -226,7 +226,7 @@ def test_the_curve_of_the_mask_ratio_is_figure_3_with_a_line_per_arm_and_size_an
     assert figure is not None
     for size in (25, 500):
         for drop in (True, False):
-            assert f"training_subjects {size}, drop {drop}" in figure
+            assert f"training subjects {size}, drop {drop}" in figure
     # Four lines of four points, each point with its interval.
     assert len(re.findall(r'<g id="[^"]*LineCollection_\d+"', figure)) == 4
-    assert "objective.mask.hidden_ratio" in figure and "sleep" in figure
+    assert "hidden ratio" in figure and "sleep" in figure

@@ -35,7 +35,7 @@ def _read_all(cohort: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def long_source(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("long"), labelled=14, unlabelled=2, windows=60)
+    return write_source(tmp_path_factory.mktemp("long"), labelled=14, unlabelled=2, windows=240)
 
 
 @pytest.fixture(scope="module")

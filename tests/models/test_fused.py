@@ -1,6 +1,9 @@
 """The fused transformer: what it may and may not see."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 from physioray.config import ModelConfig
 from physioray.models.fused import FusedEncoder, MaskedAutoencoder, lay_out
 from physioray.models.tokenizer import ChunkTokenizer, make_positions
-from physioray.models.transformer import Attention, compile_blocks
+from physioray.models.transformer import Attention
 from physioray.presets import PRESETS, find_preset
 from physioray.signals import find_modality
 
@@ -184,11 +187,22 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_compiled_layers_keep_the_names_of_weights_and_the_numbers() -> None:
-    model, compiled = build(MaskedAutoencoder), build(MaskedAutoencoder)
-    # The graphs are caught as for a GPU, but run as they are: to generate code takes a minute here.
-    compile_blocks(compiled, backend="eager")
-    assert list(compiled.state_dict()) == list(model.state_dict())
-    signals, visible = make_windows(6), make_visible(6)
-    one, other = model(signals, visible, all_present(6)), compiled(signals, visible, all_present(6))
-    for name in NAMES:
-        torch.testing.assert_close(one[name], other[name])
+    # In a process without run-time type checks, which torch.compile cannot look through. The graphs are caught as for
+    # a GPU, but run as they are: to generate code takes a minute here.
+    code = """
+import torch
+from physioray.models.fused import MaskedAutoencoder
+from physioray.models.transformer import compile_blocks
+from tests.models.test_fused import NAMES, all_present, build, make_visible, make_windows
+model, compiled = build(MaskedAutoencoder), build(MaskedAutoencoder)
+compile_blocks(compiled, backend="eager")
+assert list(compiled.state_dict()) == list(model.state_dict())
+signals, visible = make_windows(6), make_visible(6)
+one, other = model(signals, visible, all_present(6)), compiled(signals, visible, all_present(6))
+for name in NAMES:
+    torch.testing.assert_close(one[name], other[name])
+assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
