@@ -27,6 +27,8 @@ FEW_MODALITIES = 4
 
 _BATCH = 64
 _DRAWS = 500
+_LEAST_PEOPLE = 3
+"""For an interval: two people can only be drawn in three ways."""
 
 
 def list_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -146,9 +148,10 @@ def _score_subset(
     labels: np.ndarray,
     subject: Int64[np.ndarray, "n"],
 ) -> dict[str, Any] | None:
-    """One row; None if no labelled window has any of the subset."""
+    """One row; None if the labelled windows that have any of the subset are of less than two classes."""
     rows = np.flatnonzero(usable[subset] & (labels != UNKNOWN))
-    if not len(rows):
+    classes = len(np.unique(labels[rows]))
+    if classes < 2:
         return None
     task, true = find_task(readout.task), labels[rows].astype(np.int64)
     people, owner = np.unique(subject[rows], return_inverse=True)
@@ -167,13 +170,14 @@ def _score_subset(
         "present": list(subset),
         "absent": [name for name in names if name not in subset],
         "value": value,
-        "low": bounds[0] if bounds and len(people) > 1 else None,
-        "high": bounds[1] if bounds and len(people) > 1 else None,
+        "low": bounds[0] if bounds and len(people) >= _LEAST_PEOPLE else None,
+        "high": bounds[1] if bounds and len(people) >= _LEAST_PEOPLE else None,
         "whole": reference,
         "change": value - reference,
-        "change_low": change[0] if change and len(people) > 1 else None,
-        "change_high": change[1] if change and len(people) > 1 else None,
-        "chance": task.chance,
+        "change_low": change[0] if change and len(people) >= _LEAST_PEOPLE else None,
+        "change_high": change[1] if change and len(people) >= _LEAST_PEOPLE else None,
+        # Balanced accuracy is the mean over the classes that occur, so guessing is right more often where few do.
+        "chance": task.chance if classes == len(task.classes) else 1 / classes,
         "windows": len(rows),
         "subjects": len(people),
     }

@@ -95,7 +95,7 @@ def find_grid(name: str) -> GridConfig:
         LookupMiss: no such grid; the message lists those that exist.
     """
     if name not in GRIDS:
-        raise LookupMiss(f"A preset of the tables must be one of {', '.join(GRIDS)}, but got {name!r}.")
+        raise LookupMiss.among("A preset of the tables", GRIDS, name)
     return GRIDS[name]
 
 

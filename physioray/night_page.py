@@ -90,7 +90,7 @@ def _state_change(row: Mapping[str, Any]) -> str:
     return (
         f"{find_task(row['task']).title}: with {', '.join(row['present'])} alone, balanced accuracy on the validation "
         f"subjects was {row['value']:.3f} instead of {row['whole']:.3f}: {row['change']:+.3f}{interval} "
-        f"(chance {row['chance']:.2f})."
+        f"(chance {row['chance']:.2f}; {row['subjects']} people)."
     )
 
 

@@ -73,5 +73,5 @@ def find_preset(name: str) -> Preset:
         LookupMiss: no such preset; the message lists those that exist.
     """
     if name not in PRESETS:
-        raise LookupMiss(f"A preset must be one of {', '.join(PRESETS)}, but got {name!r}.")
+        raise LookupMiss.among("A preset", PRESETS, name)
     return PRESETS[name]

@@ -262,6 +262,8 @@ def merge_seeds(rows: Sequence[ScoreRow]) -> Cell:
     if low is not None and known[0].metric == METRICS[0]:
         chances = [row.chance for row in known if row.chance is not None]
         above = low > max(chances) if chances else None
+    elif low is not None and known[0].metric == AGGREGATE:
+        above = low > 0  # scaled so that guessing gives zero
     return Cell(
         value=float(values.mean()),
         low=low,

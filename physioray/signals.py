@@ -6,7 +6,8 @@ their rate; the PhysioNet/CinC Challenge 2018 for channel names and units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,14 @@ class LookupMiss(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+    @classmethod
+    def among(cls, what: str, known: Iterable[str], name: str) -> LookupMiss:
+        """The miss of a name among others, with the nearest of them: `what` must be one of `known`."""
+        names = list(known)
+        near = difflib.get_close_matches(str(name), names, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        return cls(f"{what} must be one of {', '.join(names)}, but got {name!r}.{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +225,7 @@ def find_modality(name: str) -> Modality:
         LookupMiss: no such modality; the message lists those that exist.
     """
     if name not in MODALITIES:
-        raise LookupMiss(f"A modality must be one of {', '.join(MODALITIES)}, but got {name!r}.")
+        raise LookupMiss.among("A modality", MODALITIES, name)
     return MODALITIES[name]
 
 
@@ -227,7 +236,7 @@ def find_task(name: str) -> Task:
         LookupMiss: no such task; the message lists those that exist.
     """
     if name not in TASKS:
-        raise LookupMiss(f"A task must be one of {', '.join(TASKS)}, but got {name!r}.")
+        raise LookupMiss.among("A task", TASKS, name)
     return TASKS[name]
 
 

@@ -118,7 +118,7 @@ def find_strategy(name: str) -> Strategy:
         LookupMiss: no such strategy; the message lists those that exist.
     """
     if name not in STRATEGIES:
-        raise LookupMiss(f"A strategy must be one of {', '.join(STRATEGIES)}, but got {name!r}.")
+        raise LookupMiss.among("A strategy", STRATEGIES, name)
     return STRATEGIES[name]
 
 

@@ -195,7 +195,8 @@ def _measure_curve(
             found = work.score(work.embed(windows, place), light, (CONVERGED,))
             rows.append({"pass": number, "task": task, **_average(found.scores, task)})
             if rows[-1]["value"] is not None:
-                work.say(f"after {number} passes: {task} {rows[-1]['value']:.3f} balanced accuracy")
+                passes = "1 pass" if number == 1 else f"{number} passes"
+                work.say(f"after {passes}: {task} {rows[-1]['value']:.3f} balanced accuracy")
     return rows
 
 

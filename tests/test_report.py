@@ -135,6 +135,10 @@ def test_a_score_whose_interval_holds_chance_is_marked():
     rows = [dataclasses.replace(row, low=0.19) if row.task == "sleep" else row for row in make_rows(tasks=("sleep",))]
     assert tabulate_headline(rows).rows[0].cells[0].above_chance is False
     assert tabulate_headline(make_rows()).rows[0].cells[0].above_chance is True
+    # Of the aggregate, guessing gives zero.
+    for low, above in ((-0.04, False), (0.04, True)):
+        marked = [dataclasses.replace(row, low=low) if row.task == "aggregate" else row for row in make_rows()]
+        assert tabulate_headline(marked).rows[0].cells[-1].above_chance is above
 
 
 def test_one_seed_has_no_spread():

@@ -122,7 +122,7 @@ def test_late_fusion_has_one_encoder_per_modality_and_a_unimodal_strategy_one_mo
 
 
 def test_an_unknown_strategy_is_answered_with_those_that_exist() -> None:
-    with pytest.raises(LookupMiss, match=r"multimae_drop, multimae, .*but got 'mae_eg'"):
+    with pytest.raises(LookupMiss, match=r"multimae_drop, multimae, .*but got 'mae_eg'. Did you mean .*mae_eeg"):
         find_strategy("mae_eg")
 
 

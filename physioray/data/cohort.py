@@ -65,8 +65,9 @@ class Cohort:
     def __init__(self, location: Location, *, test_locked: bool = False) -> None:
         self.location, self.test_locked = location, test_locked
         if not (location / MANIFEST).exists():
+            place = "COHORT" if location.exists() and location.list() else location
             raise StorageError(
-                f"A cohort must hold {MANIFEST}, but {location} has none. Run: physioray ingest SOURCE {location}"
+                f"A cohort must hold {MANIFEST}, but {location} has none. Run: physioray ingest SOURCE {place}"
             )
         self.manifest: dict[str, Any] = (location / MANIFEST).read_json()
         if self.manifest["format"] != FORMAT:
