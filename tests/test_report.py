@@ -137,7 +137,9 @@ def test_a_score_whose_interval_holds_chance_is_marked():
     assert tabulate_headline(make_rows()).rows[0].cells[0].above_chance is True
     # Of the aggregate, guessing gives zero.
     for low, above in ((-0.04, False), (0.04, True)):
-        marked = [dataclasses.replace(row, low=low) if row.task == "aggregate" else row for row in make_rows()]
+        marked = [
+            dataclasses.replace(row, low=low, high=0.5) if row.task == "aggregate" else row for row in make_rows()
+        ]
         assert tabulate_headline(marked).rows[0].cells[-1].above_chance is above
 
 
