@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import uuid
@@ -117,6 +118,8 @@ def list_changes(sampler: str) -> dict[str, Any]:
 def drive(out: str, sampler: str, concurrent: int, address: str | None, environment: dict[str, str], log: str) -> None:
     """The same command every time, in a process and a session of its own."""
     os.setsid()
+    # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
