@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int16, Int64
+from numpy.typing import NDArray
 
 from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.pairs import count_pair_steps, find_runs, limit_pairs, order_pairs
@@ -226,3 +227,29 @@ class BatchPlan:
         return [
             self.window_ids[start:end][self.rank :: self.world_size] for start, end in zip(starts, ends, strict=True)
         ]
+
+
+class PlannedSource:
+    """What all ways of delivering a plan's batches share; each says how the windows of the steps come (`_deliver`)."""
+
+    plan: BatchPlan
+
+    @property
+    def pairs_per_recording(self) -> int | None:
+        """The most pairs of one recording in a global batch; None without pairs."""
+        return self.plan.pairs_per_recording
+
+    def count_steps(self) -> int:
+        """Steps of one training pass."""
+        return self.plan.count_steps()
+
+    def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
+        """This worker's share of every global batch of training pass `number`, from `first_step` on."""
+        return self._deliver(self.plan.share_pass(number, first_step))
+
+    def iterate_all(self) -> Iterator[Batch]:
+        """This worker's share of all windows, the same every time; see BatchPlan.share_all."""
+        return self._deliver(self.plan.share_all())
+
+    def _deliver(self, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        raise NotImplementedError

@@ -11,7 +11,7 @@ import pyarrow as pa
 from jaxtyping import Int16, Int64
 from numpy.typing import NDArray
 
-from physioray.data.batches import Batch, BatchPlan
+from physioray.data.batches import Batch, BatchPlan, PlannedSource
 from physioray.data.cohort import Cohort, StoredModality, StoredRecording
 from physioray.signals import BATCH_ROWS, TASKS, label_column, present_column
 from physioray.storage import StorageError
@@ -254,7 +254,7 @@ class WindowReader:
         return recording, window_ids - self.firsts[recording]
 
 
-class GatherSource:
+class GatherSource(PlannedSource):
     """Batches of some windows of a cohort, read in this process.
 
     Args:
@@ -288,21 +288,6 @@ class GatherSource:
         self.fingerprint = cohort.fingerprint
         self.modalities: dict[str, StoredModality] = {name: cohort.modalities[name] for name in self.reader.names}
 
-    @property
-    def pairs_per_recording(self) -> int | None:
-        """The most pairs of one recording in a global batch; None without pairs."""
-        return self.plan.pairs_per_recording
-
-    def count_steps(self) -> int:
-        """Steps of one training pass."""
-        return self.plan.count_steps()
-
-    def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        """This worker's share of every global batch of training pass `number`, from `first_step` on."""
-        for share in self.plan.share_pass(number, first_step):
-            yield self.reader.read(share)
-
-    def iterate_all(self) -> Iterator[Batch]:
-        """This worker's share of all windows, the same every time; see BatchPlan.share_all."""
-        for share in self.plan.share_all():
+    def _deliver(self, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        for share in shares:
             yield self.reader.read(share)

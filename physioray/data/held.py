@@ -11,7 +11,7 @@ from jaxtyping import Int16, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from physioray.data.batches import Batch, BatchPlan
+from physioray.data.batches import Batch, BatchPlan, PlannedSource
 from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.gather import WindowReader
 from physioray.tensors import move_tensor
@@ -39,7 +39,7 @@ class HeldSignals(Mapping[str, Int16[np.ndarray, "b samples"]]):
         return len(self.tensors)
 
 
-class HeldSource:
+class HeldSource(PlannedSource):
     """Batches of some windows, all of which are copied to a device first; arguments as for `GatherSource`.
 
     The batches and their order are those of `GatherSource`, so losses are equal bit for bit. Every worker keeps all
@@ -77,23 +77,8 @@ class HeldSource:
         self._check_room(most_bytes)
         self.signals = self._copy_windows()
 
-    @property
-    def pairs_per_recording(self) -> int | None:
-        """The most pairs of one recording in a global batch; None without pairs."""
-        return self.plan.pairs_per_recording
-
-    def count_steps(self) -> int:
-        """Steps of one training pass."""
-        return self.plan.count_steps()
-
-    def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        """This worker's share of every global batch of training pass `number`, from `first_step` on."""
-        for share in self.plan.share_pass(number, first_step):
-            yield self._pick(share)
-
-    def iterate_all(self) -> Iterator[Batch]:
-        """This worker's share of all windows, the same every time; see BatchPlan.share_all."""
-        for share in self.plan.share_all():
+    def _deliver(self, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        for share in shares:
             yield self._pick(share)
 
     def _check_room(self, most_bytes: int | None) -> None:

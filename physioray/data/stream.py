@@ -17,7 +17,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from physioray.data.batches import Batch, BatchPlan
+from physioray.data.batches import Batch, BatchPlan, PlannedSource
 from physioray.data.cohort import Cohort, StoredModality
 from physioray.data.gather import WindowReader
 from physioray.signals import TASKS, label_column, present_column
@@ -131,7 +131,7 @@ def _cut(pieces: Iterator[Batch], sizes: Iterable[int]) -> Iterator[Batch]:
         yield parts[0] if len(parts) == 1 else Batch.join(parts)
 
 
-class StreamSource:
+class StreamSource(PlannedSource):
     """Batches of some windows of a cohort, read by Ray tasks; arguments as for `GatherSource`."""
 
     def __init__(
@@ -153,34 +153,17 @@ class StreamSource:
         self.cohort, self.fingerprint = cohort, cohort.fingerprint
         self.modalities: dict[str, StoredModality] = {name: cohort.modalities[name] for name in names}
 
-    @property
-    def pairs_per_recording(self) -> int | None:
-        """The most pairs of one recording in a global batch; None without pairs."""
-        return self.plan.pairs_per_recording
-
-    def count_steps(self) -> int:
-        """Steps of one training pass."""
-        return self.plan.count_steps()
-
-    def iterate_pass(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        """This worker's share of every global batch of training pass `number`, from `first_step` on."""
-        return self._stream(self.plan.share_pass(number, first_step))
-
-    def iterate_all(self) -> Iterator[Batch]:
-        """This worker's share of all windows, the same every time; see BatchPlan.share_all."""
-        return self._stream(self.plan.share_all())
-
-    def _stream(self, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
-        if not batches:
+    def _deliver(self, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        if not shares:
             return
         _keep_order()
-        source = _OrderedWindows(self.cohort, tuple(self.modalities), batches)
+        source = _OrderedWindows(self.cohort, tuple(self.modalities), shares)
         # Told fewer or nothing, Ray Data cuts the blocks of few tasks into many small ones.
         dataset = ray.data.read_datasource(source, override_num_blocks=len(source.chunks))
         tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         names = tuple(self.modalities)
         blocks = (_to_batch(part, names) for table in tables for part in table.to_batches())
-        for expected, batch in zip(batches, _cut(blocks, [len(batch) for batch in batches]), strict=True):
+        for expected, batch in zip(shares, _cut(blocks, [len(share) for share in shares]), strict=True):
             if not np.array_equal(batch.window_id, expected):
                 raise RuntimeError("Ray Data must keep the order of windows, but changed it: report this as a bug.")
             yield batch
