@@ -152,8 +152,17 @@ def test_the_modality_that_carries_the_stage_is_the_one_whose_loss_costs(model: 
     rows = {tuple(row["absent"]): row for row in measured["rows"] if row["task"] == "sleep"}
     assert rows[()]["change"] == 0
     assert rows[("eeg",)]["change"] < -0.2 < rows[("ecg",)]["change"]
-    assert rows[("eeg",)]["change_low"] <= rows[("eeg",)]["change"] <= rows[("eeg",)]["change_high"]
+    # Two people drawn from two are no sample: below three no interval is drawn.
+    assert rows[("eeg",)]["change_low"] is None and rows[("eeg",)]["change_high"] is None
     assert "SIMULATED" in measured["sentence"] and "2 labelled validation subjects" in measured["sentence"]
+
+
+def test_with_three_people_or_more_a_change_stands_in_its_interval(tmp_path: Path, model: PretrainedModel) -> None:
+    cohort = write_cohort(tmp_path, [12] * 5, splits=["train", "validation", "validation", "validation", "validation"])
+    found = measure_absences(model.encoder, model.readouts, cohort)
+    rows = {tuple(row["absent"]): row for row in found["rows"] if row["task"] == "sleep"}
+    assert rows[("eeg",)]["change_low"] < rows[("eeg",)]["change"] < rows[("eeg",)]["change_high"] < 0
+    assert rows[()]["low"] < rows[()]["value"] < rows[()]["high"]
 
 
 def test_windows_that_have_nothing_of_a_subset_are_not_scored(model: PretrainedModel) -> None:
