@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -113,6 +115,14 @@ def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint_and_a_failing_on
     assert epochs == ["1", "2", "3", "4"]
     calm = sweep_by_hand(make_plan("grid", trials=2, scheduler=None), fit_logistic, tmp_path / "calm")
     assert strip(result)[1] == strip(calm)[1]
+
+
+def test_a_trial_that_ray_kills_for_its_memory_is_tried_again_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    # A cluster of its own, as the memory that Ray allows is said when it starts.
+    subprocess.run([sys.executable, "-m", "tests.greedy_trial", str(tmp_path / "swept")], check=True, timeout=240)
+    trials = read_sweep(tmp_path / "swept").trials
+    assert [trial.state for trial in trials] == ["finished"] * 3
+    assert trials[1].failures and all("running low on memory" in reason for reason in trials[1].failures)
 
 
 def test_as_many_trials_as_fit_run_at_once_and_none_without_room(tmp_path: Path) -> None:
