@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext, Datasource
+from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
@@ -25,6 +26,8 @@ from physioray.signals import TASKS, label_column, present_column
 BLOCK_BYTES = 96 * 2**20
 """Bytes of windows that a read task hands over at once: a block costs Ray tens of milliseconds, however small it is.
 Below the size at which Ray Data cuts blocks (128 MiB)."""
+LOOK_SECONDS = 0.02
+"""How often Ray Data asks what of the cluster it may use."""
 MOST_TASKS = 128
 """Read tasks of one pass: all are made before the first batch comes, so a long pass has longer ones."""
 
@@ -156,7 +159,7 @@ class StreamSource(PlannedSource):
     def _deliver(self, shares: list[NDArray[np.int64]]) -> Iterator[Batch]:
         if not shares:
             return
-        _keep_order()
+        _settle_ray_data()
         source = _OrderedWindows(self.cohort, tuple(self.modalities), shares)
         # Told fewer or nothing, Ray Data cuts the blocks of few tasks into many small ones.
         dataset = ray.data.read_datasource(source, override_num_blocks=len(source.chunks))
@@ -169,8 +172,11 @@ class StreamSource(PlannedSource):
             yield batch
 
 
-def _keep_order() -> None:
-    """Settings of Ray Data in this process: blocks in order, no bars."""
+def _settle_ray_data() -> None:
+    """Settings of Ray Data in this process: blocks in order, no bars, no idle first second."""
+    # A new dataset is told its share of the cluster a moment after it has asked. Ray Data 2.60 looks again after a
+    # second only, and until then runs one read task at a time: most of a short pass.
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LOOK_SECONDS  # type: ignore[assignment]
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
