@@ -29,6 +29,6 @@ def fit_greedily(trial: Trial) -> None:
 
 if __name__ == "__main__":
     # Ray's own numbers: inside a container its limit counts, not the machine's.
-    os.environ["RAY_memory_usage_threshold"] = str((get_used_memory() + MORE) / get_system_memory())
-    os.environ["RAY_memory_monitor_refresh_ms"] = "100"
+    allowed = (get_used_memory() + MORE) / get_system_memory()
+    os.environ.update({"RAY_memory_usage_threshold": str(allowed), "RAY_memory_monitor_refresh_ms": "100"})
     run_sweep(make_plan("grid", trials=3, scheduler=None, max_failures=3), fit_greedily, sys.argv[1], concurrent=2)

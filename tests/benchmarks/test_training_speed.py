@@ -119,6 +119,7 @@ def test_two_workers_of_one_thread_against_one(notebook: Notebook) -> None:
         {
             OURS: lambda: measure_workers(sizes, workers=2, steps=6),
             "one worker": lambda: measure_workers(sizes, workers=1, steps=6),
+            "two that do not talk": lambda: measure_workers(sizes, workers=2, steps=6, talking=False),
         }
     )
     notebook.keep(

@@ -31,16 +31,19 @@ class _WallClock:
         pass
 
 
-def measure_workers(sizes: Preset, *, workers: int, steps: int) -> float:
-    """Windows per second of the global batch, from the end of the first step to the end of the last."""
+def measure_workers(sizes: Preset, *, workers: int, steps: int, talking: bool = True) -> float:
+    """Windows per second of all workers, from the end of the first step to the end of the last.
+
+    Those that do not talk train models of their own, side by side: what the machine allows.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_work, (workers, sizes, steps, folder), nprocs=workers)
-        return float((Path(folder) / "rate").read_text())
+        multiprocessing.spawn(_work, (workers, talking and workers > 1, sizes, steps, folder), nprocs=workers)
+        return sum(float(place.read_text()) for place in Path(folder).glob("rate*"))
 
 
-def _work(rank: int, workers: int, sizes: Preset, steps: int, folder: str) -> None:
+def _work(rank: int, workers: int, talking: bool, sizes: Preset, steps: int, folder: str) -> None:
     torch.set_num_threads(1)
-    if workers > 1:
+    if talking:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
     clock, batch = _WallClock(), sizes.train.batch_size
     train(
@@ -51,7 +54,8 @@ def _work(rank: int, workers: int, sizes: Preset, steps: int, folder: str) -> No
         reporter=clock,
         group=WorkerGroup(),
     )
-    if rank == 0:
-        (Path(folder) / "rate").write_text(str(batch * steps / (clock.ends[-1] - clock.ends[0])))
-    if workers > 1:
+    if clock.ends:  # of workers that talk, the first alone reports
+        rows = batch if talking else batch // workers
+        (Path(folder) / f"rate{rank}").write_text(str(rows * steps / (clock.ends[-1] - clock.ends[0])))
+    if talking:
         dist.destroy_process_group()
