@@ -20,6 +20,9 @@ FEATURE_PHRASES = {
     "band_powers": "band powers",
 }
 
+SMALLEST_SHOWN = 0.0005
+"""A difference nearer to 0 is written as 0.000."""
+
 
 class ComparisonError(ValueError):
     """Two evaluations that cannot be compared; the message says what they do not share."""
@@ -52,13 +55,13 @@ class PairedDifference:
 
     @property
     def is_above(self) -> bool:
-        """True if the whole interval lies above 0."""
-        return self.low is not None and self.low > 0
+        """True if the whole interval lies above 0, also as it is written, with three digits."""
+        return self.low is not None and self.low >= SMALLEST_SHOWN
 
     @property
     def is_below(self) -> bool:
-        """True if the whole interval lies below 0."""
-        return self.high is not None and self.high < 0
+        """True if the whole interval lies below 0, also as it is written, with three digits."""
+        return self.high is not None and self.high <= -SMALLEST_SHOWN
 
 
 def compare_paired(

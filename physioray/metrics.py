@@ -37,6 +37,9 @@ METRICS: tuple[str, ...] = tuple(METRIC_TITLES)
 AGGREGATE = "aggregate"
 """Name of the score over all tasks (Fang et al. 2024, section 4): task and metric of its result rows."""
 
+FEW_WINDOWS = 20
+"""With fewer scored windows of a class, one window moves the class's share of right answers by a twentieth and more."""
+
 SCORE_BINS = 2048
 """Largest number of score levels in the bootstrap of the AUROC; finer scores are grouped by rank."""
 
@@ -101,6 +104,19 @@ def _score_one(
         columns = [1] if len(task.classes) == 2 else range(len(task.classes))
         return float(np.mean([roc_auc_score(true == column, probabilities[:, column]) for column in columns]))
     return float(accuracy_score(true, predicted))
+
+
+def explain_rarity(task: Task, true: Int[np.ndarray, "n"], subject: Int[np.ndarray, "n"]) -> str:
+    """A sentence for the reader where scores rest on a class of few windows; empty where they do not."""
+    counts = np.bincount(true, minlength=len(task.classes))
+    rarest = min((count, number) for number, count in enumerate(counts.tolist()) if count)[1]
+    if counts[rarest] >= FEW_WINDOWS:
+        return ""
+    people = len(np.unique(subject[true == rarest]))
+    return (
+        f"{task.title}: only {counts[rarest]} scored windows, of {people} of {len(np.unique(subject))} people, are of "
+        f"the class {task.classes[rarest]}; scores and intervals look surer than they are."
+    )
 
 
 def explain_undefined(task: Task, true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"]) -> dict[str, str]:

@@ -118,11 +118,12 @@ def list_skipped(rows: Sequence[ScoreRow]) -> list[str]:
 
 
 def tabulate_headline(rows: Sequence[ScoreRow]) -> ScoreTable:
-    """Balanced accuracy per task, and the aggregate; the largest training size of each."""
+    """Balanced accuracy per task, and with several tasks the aggregate; the largest training size of each."""
     rows = [row for row in rows if row.scope == WINDOWS]
     columns = [(task, METRICS[0]) for task in list_tasks(rows)]
     titles = [find_task(task).title for task, _ in columns]
-    if any(row.task == AGGREGATE for row in rows):
+    # Of a single task an aggregate says the same in other units.
+    if len({row.task for row in rows if row.value is not None}) > 2 and any(row.task == AGGREGATE for row in rows):
         columns.append((AGGREGATE, AGGREGATE))
         titles.append("Aggregate")
     return _tabulate(_keep_largest(rows), columns, titles)

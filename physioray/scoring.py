@@ -29,6 +29,7 @@ from physioray.metrics import (
     count_by_subject,
     count_confusion,
     draw_subjects,
+    explain_rarity,
     explain_undefined,
     score_predictions,
     score_subjects,
@@ -117,7 +118,7 @@ class ScoreBoard:
 
     def note(self, sentence: str) -> None:
         """Keep a sentence for the reader, once."""
-        if sentence not in self.notes:
+        if sentence and sentence not in self.notes:
             self.notes.append(sentence)
 
     def skip(self, task: Task, evaluation: str, plan: Plan, reason: str) -> None:
@@ -171,12 +172,12 @@ class ScoreBoard:
     def _score(
         self, task: Task, evaluation: str, plan: Plan, scope: str, found: Answers, windows: int
     ) -> list[ScoreRow]:
-        true, predicted = found.true, found.predicted
-        scores = score_predictions(task, true, predicted, found.probabilities)
-        intervals = bootstrap_by_subject(
-            task, true, predicted, found.probabilities, found.subject, self.config.bootstrap_draws, seed=0
-        )
+        true, predicted, probabilities = found.true, found.predicted, found.probabilities
+        scores = score_predictions(task, true, predicted, probabilities)
+        draws = self.config.bootstrap_draws
+        intervals = bootstrap_by_subject(task, true, predicted, probabilities, found.subject, draws, seed=0)
         reasons = explain_undefined(task, true, predicted)
+        self.note(explain_rarity(task, true, found.subject) if scope == WINDOWS else "")
         return [
             self._make_row(
                 task,

@@ -13,6 +13,7 @@ from physioray.metrics import (
     bootstrap_by_subject,
     count_confusion,
     draw_subjects,
+    explain_rarity,
     explain_undefined,
     find_metric,
     score_predictions,
@@ -176,3 +177,12 @@ def test_a_metric_that_does_not_exist_is_answered_with_those_that_do():
 def test_the_confusion_counts_known_windows_only():
     counts = count_confusion(AGE, np.array([0, 1, -1, 1]), np.array([0, 0, 1, 1]))
     np.testing.assert_array_equal(counts, [[1, 0], [1, 1]])
+
+
+def test_a_class_of_few_windows_is_named_with_its_people():
+    true, subject = np.repeat([0, 1], [200, 7]), np.arange(207) % 3
+    sentence = explain_rarity(AGE, true, subject)
+    assert "only 7 scored windows, of 3 of 3 people" in sentence and AGE.classes[1] in sentence
+    assert explain_rarity(AGE, np.repeat([0, 1], [200, 20]), np.arange(220) % 3) == ""
+    # A class that does not occur at all is another matter: guessing is then right more often.
+    assert explain_rarity(SLEEP, np.zeros(50, int), np.zeros(50, int)) == ""

@@ -9,7 +9,14 @@ from physioray.figures import find_runs, plot_hypnogram
 from physioray.metrics import METRICS
 from physioray.report import describe_results, write_report
 from physioray.results import write_results
-from physioray.score_tables import group_sizes, list_skipped, tabulate_headline, tabulate_metric, tabulate_sizes
+from physioray.score_tables import (
+    group_sizes,
+    list_skipped,
+    list_tasks,
+    tabulate_headline,
+    tabulate_metric,
+    tabulate_sizes,
+)
 from physioray.storage import open_location
 from tests.written_runs import make_rows, write_run
 
@@ -141,6 +148,11 @@ def test_a_score_whose_interval_holds_chance_is_marked():
             dataclasses.replace(row, low=low, high=0.5) if row.task == "aggregate" else row for row in make_rows()
         ]
         assert tabulate_headline(marked).rows[0].cells[-1].above_chance is above
+
+
+def test_of_one_task_no_aggregate_is_shown():
+    assert len(tabulate_headline(make_rows(tasks=("sleep",))).columns) == len(list_tasks(make_rows(tasks=("sleep",))))
+    assert tabulate_headline(make_rows()).columns[-1] == "Aggregate"
 
 
 def test_one_seed_has_no_spread():

@@ -56,6 +56,9 @@ def test_the_difference_is_that_of_the_paired_test_on_the_first_run(tmp_path: Pa
     text = describe_comparison(found)
     assert text.startswith("SIMULATED SIGNALS") and "above" in text and "cannot be told from 0" in text
     assert any("3 people the intervals are too narrow" in note for note in found.notes)
+    # What is written as +0.000 is not called above zero.
+    assert not replace(better, low=0.0004).is_above and replace(better, low=0.0006).is_above
+    assert not replace(better, high=-0.0004).is_below and replace(better, high=-0.0006).is_below
 
 
 @pytest.mark.parametrize(
