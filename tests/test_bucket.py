@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs as pafs
 
 from physioray.checkpoint_scores import score_checkpoint
@@ -27,6 +24,7 @@ from physioray.steps import StepStore
 from physioray.storage import Location, is_committed, open_location
 from physioray.strategies import find_strategy
 from physioray.study import run_study
+from tests.buckets import serve_bucket
 from tests.written_cohorts import write_cohort
 
 PROBE = ProbeConfig(
@@ -37,22 +35,13 @@ PROBE = ProbeConfig(
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of an empty bucket on this machine."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "someone")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3").create_bucket(Bucket="everything")
+    with serve_bucket("everything") as settings, pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
         environment.chdir(tmp_path_factory.mktemp("here"))
         yield "s3://everything"
         # Code that takes a URI for a path makes a folder with the name "s3:".
         assert not list(Path.cwd().iterdir())
-    moto.stop()
 
 
 def copy(place: Location, there: Location) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from physioray.data.stream import StreamSource
 from physioray.distribute import join_cluster
 from tests.benchmarks.comparison import OURS, REPEATS, Comparison, Goal, Notebook, take_turns
 from tests.benchmarks.nights import repeat_night, simulate_nights
+from tests.buckets import serve_bucket
 
 BATCH = 256
 FILES, RECORDINGS = 24, 96
@@ -240,18 +242,11 @@ def test_shards_in_a_bucket_cold_and_mirrored(
     maps: Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook: Notebook
 ) -> None:
     boto3 = pytest.importorskip("boto3")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing"}
-    settings |= {"AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-    settings |= {"PHYSIORAY_MIRROR": str(tmp_path / "mirror")}
+    bucket = ExitStack()
+    settings = bucket.enter_context(serve_bucket("nights")) | {"PHYSIORAY_MIRROR": str(tmp_path / "mirror")}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
-    client.create_bucket(Bucket="nights")
     manifest = maps.cohort.manifest | {"recordings": maps.cohort.manifest["recordings"][:8]}
     for row in manifest["recordings"]:
         client.upload_file(str(Path(maps.cohort.location.path, row["file"])), "nights", f"cohort/{row['file']}")
@@ -280,7 +275,7 @@ def test_shards_in_a_bucket_cold_and_mirrored(
             measure_rate(made[-1].iterate_pass(number))  # every reading process has opened its shards
             figures[OURS].append(measure_rate(made[-1].iterate_pass(number + 1)))
             figures["local shards"].append(measure_rate(local.iterate_pass(number)))
-    server.stop()
+    bucket.close()
     notebook.keep(
         Comparison(
             title="Shuffled batches by Ray Data to one worker, shards on S3, mirrored",

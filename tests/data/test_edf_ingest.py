@@ -19,6 +19,7 @@ from physioray.cli import main
 from physioray.config import IngestConfig, Montage, from_dict, to_dict
 from physioray.data.ledger import describe_identity
 from physioray.data.montage import MontageError, parse_montage, read_montage
+from physioray.local_cluster import start_local_cluster
 from physioray.storage import open_location
 
 from .edf_files import make_trace, set_field, write_edf, write_hypnogram
@@ -39,7 +40,7 @@ ecg = [{channel = "ECG1", minus = "ECG2"}]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_local_cluster(2)
     yield
     ray.shutdown()
 

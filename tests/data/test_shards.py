@@ -22,6 +22,7 @@ from physioray.data.cohort import Cohort
 from physioray.data.ledger import IngestError
 from physioray.data.shards import Progress, ingest_cohort
 from physioray.data.splits import read_division
+from physioray.local_cluster import start_local_cluster
 from physioray.signals import BATCH_ROWS, shard_schema
 from physioray.storage import StorageError, hash_bytes
 
@@ -34,7 +35,7 @@ REAL_DATA = os.environ.get("PHYSIORAY_REAL_DATA")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_local_cluster(2)
     yield
     ray.shutdown()
 

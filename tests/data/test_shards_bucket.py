@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-import ray
-from moto.server import ThreadedMotoServer
 
 from physioray.data.cohort import Cohort
 from physioray.data.ledger import IngestError
 from physioray.data.shards import ingest_cohort
+from physioray.distribute import join_cluster
 from physioray.storage import StorageError, open_location
+from tests.buckets import serve_bucket
 
 from .recordings_written import write_source
 
@@ -24,20 +23,11 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[str]:
     """An S3 server on this machine, and a cluster whose workers know it."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "someone")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield f"http://{host}:{port}"
-        ray.shutdown()
-    moto.stop()
+    with serve_bucket("nights") as settings, pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        with join_cluster(cpus=2):
+            yield settings["AWS_ENDPOINT_URL"]
 
 
 @pytest.fixture(scope="module")

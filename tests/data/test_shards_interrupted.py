@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from physioray.data.shards import ingest_cohort
+from physioray.local_cluster import start_local_cluster
 
 from .recordings_written import write_source
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_local_cluster(2)
     yield
     ray.shutdown()
 
