@@ -16,12 +16,14 @@ import argparse
 import os
 import sys
 
+from physioray.checkpoint_scores import check_origin
 from physioray.cli import guard
 from physioray.config import ProbeConfig
 from physioray.data.cohort import Cohort
 from physioray.finetune import FinetuneJob, describe_finetuning, evaluate_finetuning
 from physioray.presets import PRESETS, find_preset
 from physioray.pretrain import fit_modalities
+from physioray.pretrainings import open_pretraining
 from physioray.progress import ProgressLine
 from physioray.protocol import choose_protocol, describe_card
 from physioray.report import describe_results, write_report
@@ -35,7 +37,7 @@ def main() -> None:
     names = [name for name, strategy in STRATEGIES.items() if strategy.objective is None]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--checkpoint", default=None, help="a pretraining's checkpoint")
+    start.add_argument("--checkpoint", default=None, help="a pretraining's folder, or one of its checkpoints")
     start.add_argument("--strategy", default=None, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--cohort", required=True, help="folder or URI that physioray ingest has written")
     parser.add_argument("--out", required=True, help="folder of the run; run again, it goes on where it stopped")
@@ -49,14 +51,18 @@ def main() -> None:
     preset, cohort = find_preset(options.preset), Cohort.open(options.cohort)
     probe = ProbeConfig(tasks=tuple(options.tasks.split(",")), seeds=tuple(range(options.seeds)))
     protocol = choose_protocol(cohort, probe)
-    model = None
+    model = checkpoint = None
+    if options.checkpoint is not None:
+        pretraining, identity = open_pretraining(options.checkpoint)
+        check_origin(pretraining.checkpoint, identity, cohort, protocol.splits)
+        checkpoint = pretraining.checkpoint.uri
     if options.strategy is not None:
         model = find_strategy(options.strategy).fit_model(fit_modalities(preset.model, cohort))
     job = FinetuneJob(
         cohort=options.cohort,
         out=options.out,
         task=probe.tasks[0],
-        checkpoint=options.checkpoint,
+        checkpoint=checkpoint,
         model=model,
         train=preset.finetune,
         frozen=options.frozen,

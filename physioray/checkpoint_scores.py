@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def score_checkpoint(
     pretraining, identity = open_pretraining(place)
     probe = probe or ProbeConfig()
     plan = plan_grid(cohort, GridConfig(name="evaluate", sizes="tiny", probe=probe))
-    check_origin(pretraining.checkpoint, identity, cohort, plan, other_cohort=other_cohort)
+    check_origin(pretraining.checkpoint, identity, cohort, plan.protocol.splits, other_cohort=other_cohort)
     modalities = tuple(pretraining.model.modalities)
     missing = [name for name in modalities if name not in cohort.modalities]
     if missing:
@@ -130,9 +130,15 @@ def _probe_sizes(
 
 
 def check_origin(
-    place: Location, identity: Mapping[str, Any], cohort: Cohort, plan: GridPlan, *, other_cohort: bool
+    place: Location, identity: Mapping[str, Any], cohort: Cohort, splits: Sequence[str], *, other_cohort: bool = False
 ) -> None:
     """Refuse a checkpoint whose scores on this cohort would not be what they are taken for.
+
+    Args:
+        place, identity: the checkpoint, and what stands in it: see `pretrainings.open_pretraining`.
+        cohort: whose subjects are scored.
+        splits: that a pretraining may have seen: see `protocol.Protocol`.
+        other_cohort: the checkpoint may come from another cohort.
 
     Raises:
         StorageError: it comes from another cohort and `other_cohort` is False, or from this one but from subjects
@@ -146,9 +152,9 @@ def check_origin(
             f"{str(identity['cohort'])[:12]} and {cohort.location} is {cohort.fingerprint[:12]}. If that is meant "
             "(transfer to new recordings, none of which it was pretrained on), say --other-cohort."
         )
-    strange = sorted(set(identity.get("splits", [])) - set(plan.protocol.splits))
+    strange = sorted(set(identity.get("splits", [])) - set(splits))
     if strange:
         raise StorageError(
             f"A checkpoint must not have been pretrained on subjects that are scored as unseen, but {place} was "
-            f"pretrained on the splits {', '.join(strange)} too. Pretrain on {', '.join(plan.protocol.splits)}."
+            f"pretrained on the splits {', '.join(strange)} too. Pretrain on {', '.join(splits)}."
         )

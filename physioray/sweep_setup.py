@@ -116,11 +116,20 @@ def set_up_sweep(
             scheduler=AshaConfig(grace_passes=rungs[0], most_passes=passes) if rungs else None,
             inputs={"cohort": cohort.fingerprint, "evaluation": evaluation},
             simulated=cohort.simulated,
-            evaluate_command=f"physioray evaluate {{folder}} {options.cohort} --out {options.out}/best --steps {store}",
+            evaluate_command=_name_command(options, evaluation, out, store),
         ),
         run_trial=partial(run_trial, plan=plan),
         out=out,
     )
+
+
+def _name_command(options: argparse.Namespace, evaluation: Evaluation, out: str, store: str) -> str:
+    """The command that scores a trial on test subjects as the sweep has scored it on others."""
+    if evaluation == "finetune":
+        preset = "tiny" if options.smoke else options.preset
+        source = f"--checkpoint {{folder}} --cohort {options.cohort}"
+        return f"python experiments/finetune.py {source} --out {out}/best --preset {preset}"
+    return f"physioray evaluate {{folder}} {options.cohort} --out {out}/best --steps {store}"
 
 
 def _choose_settings(options: argparse.Namespace, cohort: Cohort, chosen: Strategy) -> TrialSettings:

@@ -58,6 +58,11 @@ def test_both_evaluations_have_folders_of_their_own_and_share_the_steps(
     assert [plan.evaluation for plan in plans] == ["probe", "finetune"]
     assert plans[0].store == plans[1].store
     assert setups[0].plan.inputs["evaluation"] != setups[1].plan.inputs["evaluation"], "they are never mixed"
+    # The best of either is scored on test subjects as it was chosen, each into a folder of its own.
+    probe, finetune = (setup.plan.evaluate_command for setup in setups)
+    assert probe.startswith("physioray evaluate {folder} ") and "/sweep/probe/best" in probe
+    assert finetune.startswith("python experiments/finetune.py --checkpoint {folder} ") and "--preset tiny" in finetune
+    assert "/sweep/finetune/best" in finetune
 
 
 def test_a_misspelt_setting_of_an_experiment_names_the_near_ones(
