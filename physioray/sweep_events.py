@@ -17,6 +17,8 @@ from physioray.storage import Location
 from physioray.sweep_journal import TENSORBOARD, TrialRecord
 from physioray.sweep_plan import EPOCH, SECONDS
 
+SCORES = "scores/"
+BOUNDS = "bounds/"
 FINAL = "final/"
 SIMULATED = "SIMULATED SIGNALS"
 
@@ -65,7 +67,7 @@ class SweepEvents:
         writer = self.writers[number]
         for name, value in line.items():
             if name != EPOCH:
-                writer.add_scalar(name, value, round(line[EPOCH]))
+                writer.add_scalar(_place_scalar(name, line), value, round(line[EPOCH]))
         writer.flush()
 
     def finish(self, record: TrialRecord) -> None:
@@ -106,6 +108,12 @@ class SweepEvents:
 def list_metrics(objectives: tuple[str, ...]) -> tuple[str, ...]:
     """Final metrics that every trial shows: those sought, passes and seconds."""
     return tuple(dict.fromkeys((*objectives, "passes", SECONDS)))
+
+
+def _place_scalar(name: str, line: Mapping[str, float]) -> str:
+    """A metric's name in TensorBoard, where what stands before the stroke is a section of the page."""
+    is_bound = name.removesuffix("_low") in line or name.removesuffix("_high") in line
+    return f"{BOUNDS if is_bound and name.endswith(('_low', '_high')) else SCORES}{name}"
 
 
 def _describe_columns(cells: Mapping[str, bool | float | str], first: tuple[str, ...], metrics: tuple[str, ...]) -> Any:

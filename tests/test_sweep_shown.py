@@ -107,8 +107,10 @@ def test_every_trial_is_one_run_with_one_point_per_pass_also_after_a_second_call
         assert len(files) == 1
         events = EventAccumulator(str(files[0])).Reload()
         if trial.state == "finished":
-            points = [(event.step, event.value) for event in events.Scalars("score")]
+            points = [(event.step, event.value) for event in events.Scalars("scores/score")]
             assert points == [(line["epoch"], pytest.approx(line["score"])) for line in trial.reports]
+            low = [event.value for event in events.Scalars("bounds/score_low")]
+            assert low == [pytest.approx(line["score"] - 0.05) for line in trial.reports]
 
 
 @pytest.mark.browser
