@@ -27,6 +27,7 @@ class _Shard:
             raise StorageError(f"{recording.file} must hold {missing}, but holds {self.reader.schema.names}.")
         self.held: dict[int, pa.RecordBatch] = {}
         self.copied_bytes = 0
+        self.recording = recording
 
     def find_signals(self, number: int, samples: Mapping[str, int]) -> list[int]:
         """Where in memory the signals of record batch `number` begin, modality by modality."""
@@ -34,6 +35,13 @@ class _Shard:
         self.held[number] = self.reader.get_batch(number)
         # Nothing where the shard is mapped; the whole record batch where it is read by range from a bucket.
         self.copied_bytes += max(0, pa.total_allocated_bytes() - before)
+        rows = min(BATCH_ROWS, self.recording.rows - number * BATCH_ROWS)
+        if len(self.held[number]) != rows:
+            # Rows are copied by their place in memory: one too many would lie outside of the shard.
+            raise StorageError(
+                f"Record batch {number} of {self.recording.file} must hold {rows} windows, as the manifest says, but "
+                f"holds {len(self.held[number])}. Ingest the recording again."
+            )
         return [
             view_tensor(self.held[number].column(name), samples[name]).__array_interface__["data"][0]
             for name in samples
@@ -226,6 +234,7 @@ class WindowReader:
 
         Raises:
             LockedSplitError: a window is of a locked test split.
+            IndexError: the cohort has no such window.
         """
         recording, row = self._locate(window_ids)
         return self.describe(window_ids, self._gather_any(recording, row))
@@ -249,6 +258,9 @@ class WindowReader:
         )
 
     def _locate(self, window_ids: Int64[np.ndarray, "b"]) -> tuple[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]]:
+        outside = window_ids[(window_ids < 0) | (window_ids >= self.cohort.windows)]
+        if len(outside):
+            raise IndexError(f"Windows must be 0 to {self.cohort.windows - 1}, but {outside[0]} was asked for.")
         self.cohort.check_unlocked(window_ids)
         recording = np.searchsorted(self.firsts, window_ids, side="right") - 1
         return recording, window_ids - self.firsts[recording]

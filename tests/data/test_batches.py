@@ -71,6 +71,20 @@ def test_gathered_rows_are_those_of_the_shards(cohort: Cohort) -> None:
     assert np.array_equal(batch.recording, recording)
 
 
+def test_a_window_that_is_not_there_is_refused_before_memory_is_read(cohort: Cohort, tmp_path: Path) -> None:
+    reader = WindowReader(cohort)
+    for number in (-1, cohort.windows):
+        with pytest.raises(IndexError, match=f"0 to {cohort.windows - 1}, but {number} "):
+            reader.read(np.array([0, number]))
+    # A shard that is shorter than the manifest says: one of a smaller cohort in its place.
+    damaged = write_cohort(tmp_path / "damaged", [12, 12])
+    shorter = write_cohort(tmp_path / "shorter", [5, 12])
+    file = damaged.recordings[0].file
+    Path(damaged.location.path, file).write_bytes(Path(shorter.location.path, file).read_bytes())
+    with pytest.raises(StorageError, match="must hold 12 windows, as the manifest says, but holds 5"):
+        WindowReader(damaged).read(np.array([11]))
+
+
 def test_a_pass_taken_up_at_a_step_gives_the_rest_of_its_batches(cohort: Cohort) -> None:
     source = GatherSource(cohort, cohort.find_windows(), batch_size=32, seed=1)
     whole = [batch.window_id for batch in source.iterate_pass(2)]
