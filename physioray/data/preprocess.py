@@ -24,7 +24,7 @@ from scipy.signal import oaconvolve
 
 from physioray.config import IngestConfig
 from physioray.data.faults import WindowFaults, find_faults, find_invalid
-from physioray.data.quartiles import find_quartiles
+from physioray.data.quartiles import find_quartiles, measure_spread
 from physioray.signals import WINDOW_SECONDS, Modality
 
 _SAFE_SHARE = 0.45
@@ -304,11 +304,7 @@ def measure_scale(samples: Float32[np.ndarray, "samples"], settings: IngestConfi
     if settings.input_norm == "recording_iqr":
         scale = upper - lower
     else:
-        deviation = samples - np.float32(centre)
-        reach = _ROBUST_DEVIATIONS * robust
-        outside = (deviation > reach) | (deviation < -reach) if reach > 0 else np.zeros(0, np.bool_)
-        inside = deviation[~outside] if outside.any() else deviation
-        scale = float(inside.std(dtype=np.float64))
+        scale = measure_spread(samples, centre, _ROBUST_DEVIATIONS * robust)
     if not (math.isfinite(scale) and scale > 1e-12):
         raise AbsentModality(f"its samples must vary, but their scale is {scale:g}; look at the electrode")
     return centre, scale, robust
@@ -373,7 +369,8 @@ def process_channel(
         filtered = np.pad(filtered, (0, missing), mode="edge")
     filtered = filtered[: windows * modality.samples].reshape(windows, -1)
     good = ~faults.any
-    centre, scale, robust = measure_scale(filtered[good].reshape(-1), settings)
+    usable = filtered if good.all() else filtered[good]
+    centre, scale, robust = measure_scale(usable.reshape(-1), settings)
     signal, beyond = _quantise(filtered, centre, 1 / (scale * quantisation_step(settings)))
     clipped = beyond > _CLIP_SHARE * modality.samples
     faults = WindowFaults(invalid=faults.invalid, flat=faults.flat, clipped=faults.clipped | (clipped & good))

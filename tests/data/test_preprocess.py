@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from physioray.data.preprocess import (
     process_channel,
     quantisation_step,
 )
-from physioray.data.quartiles import find_quartiles
+from physioray.data.quartiles import find_quartiles, measure_spread
 from physioray.signals import find_modality
 
 SETTINGS = IngestConfig()
@@ -253,3 +254,13 @@ def test_quartiles_by_histogram_are_those_of_numpy_to_the_last_bit(count: int, r
     samples = np.round(samples) if rounded else samples
     assert np.array_equal(find_quartiles(samples), np.percentile(samples, (25, 50, 75)))
     assert np.array_equal(find_quartiles(np.full(count, 3, np.float32)), [3, 3, 3])
+
+
+@pytest.mark.parametrize("reach", [0.0, 60.0, 1e9])
+@pytest.mark.parametrize("count", [1, 1000, 65_537, 131_083, 1_000_003])
+def test_the_spread_of_what_lies_near_is_that_of_numpy_to_the_last_bit(count: int, reach: float) -> None:
+    samples = (np.random.default_rng(count).standard_t(3, count) * 20).astype(np.float32)
+    deviation = samples - np.float32(0.37)
+    near = deviation[np.abs(deviation) <= reach] if reach else deviation
+    assert measure_spread(samples, 0.37, reach) == near.std(dtype=np.float64)
+    assert math.isnan(measure_spread(samples, 1e6, 1.0))
