@@ -27,7 +27,7 @@ BLOCK_BYTES = 96 * 2**20
 """Bytes of windows that a read task hands over at once: a block costs Ray tens of milliseconds, however small it is.
 Below the size at which Ray Data cuts blocks (128 MiB)."""
 LOOK_SECONDS = 0.02
-"""How often Ray Data asks what of the cluster it may use."""
+"""How often Ray Data asks what of the cluster it may use, until it is told."""
 MOST_TASKS = 128
 """Read tasks of one pass: all are made before the first batch comes, so a long pass has longer ones."""
 
@@ -172,11 +172,16 @@ class StreamSource(PlannedSource):
             yield batch
 
 
+def _choose_pause(manager: ResourceManager) -> float:
+    """Seconds until Ray Data asks again what of the cluster it may use: a moment while it knows of nothing."""
+    return 1.0 if manager._global_limits.cpu else LOOK_SECONDS
+
+
 def _settle_ray_data() -> None:
     """Settings of Ray Data in this process: blocks in order, no bars, no idle first second."""
     # A new dataset is told its share of the cluster a moment after it has asked. Ray Data 2.60 looks again after a
     # second only, and until then runs one read task at a time: most of a short pass.
-    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LOOK_SECONDS  # type: ignore[assignment]
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(_choose_pause)  # type: ignore[assignment]
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
