@@ -168,8 +168,10 @@ class WindowReader:
         # Where the signals of each record batch begin, by modality; zero where it has not been looked up.
         self.addresses = np.zeros((len(names), sum(batches)), np.int64)
         self.subjects = np.array([item.subject_index for item in cohort.recordings], np.int64)
-        self.labels = {task: cohort.read_column(label_column(task)).astype(np.int8) for task in TASKS}
-        self.present = {name: cohort.read_column(present_column(name)).astype(bool) for name in names}
+        # Labels by task, then presence by modality: one walk over all for every batch.
+        columns = [*(label_column(task) for task in TASKS), *(present_column(name) for name in names)]
+        self.small = np.stack([cohort.read_column(column).astype(np.int8) for column in columns])
+        self.present = dict(zip(names, self.small[len(TASKS) :].view(np.bool_), strict=True))
 
     def _hold(self, recordings: NDArray[np.int64]) -> None:
         """Open the shards of some recordings; of more than a process may hold, the longest unused are closed."""
@@ -201,17 +203,21 @@ class WindowReader:
         self, recording: NDArray[np.int64], row: NDArray[np.int64]
     ) -> dict[str, Int16[np.ndarray, "b samples"]]:
         """Signals of rows of at most `most_open` recordings."""
-        self._hold(np.unique(recording))
-        batch = self.first_batches[recording] + row // BATCH_ROWS
-        for place in np.flatnonzero(self.addresses[0, batch] == 0).tolist():
-            number = batch[place]
-            if self.addresses[0, number] == 0:
-                shard = self.shards[int(recording[place])]
-                self.addresses[:, number] = shard.find_signals(int(row[place]) // BATCH_ROWS, self.samples)
+        number, offset = np.divmod(row, BATCH_ROWS)
+        batch = self.first_batches[recording] + number
+        addresses = self.addresses[:, batch]
+        # An address is known as long as its shard is open. Of more than may be open, those used last are kept.
+        if len(self.firsts) > self.most_open or not addresses[0].all():
+            self._hold(np.unique(recording))
+            for place in np.flatnonzero(self.addresses[0, batch] == 0).tolist():
+                if self.addresses[0, batch[place]] == 0:
+                    shard = self.shards[int(recording[place])]
+                    self.addresses[:, batch[place]] = shard.find_signals(int(number[place]), self.samples)
+            addresses = self.addresses[:, batch]
         signals = {}
-        for place, (name, samples) in enumerate(self.samples.items()):
+        for begin, (name, samples) in zip(addresses, self.samples.items(), strict=True):
             signals[name] = self.buffers[name].take(len(row))
-            gather_rows(self.addresses[place, batch] + row % BATCH_ROWS * (2 * samples), signals[name])
+            gather_rows(begin + offset * (2 * samples), signals[name])
         if not self.cohort.location.is_local:
             self._give_back()
         return signals
@@ -219,6 +225,8 @@ class WindowReader:
     def _gather_any(
         self, recording: NDArray[np.int64], row: NDArray[np.int64]
     ) -> dict[str, Int16[np.ndarray, "b samples"]]:
+        if len(self.firsts) <= self.most_open:
+            return self._gather(recording, row)
         owners, which = np.unique(recording, return_inverse=True)
         if len(owners) <= self.most_open:
             return self._gather(recording, row)
@@ -237,7 +245,7 @@ class WindowReader:
             IndexError: the cohort has no such window.
         """
         recording, row = self._locate(window_ids)
-        return self.describe(window_ids, self._gather_any(recording, row))
+        return self._complete(window_ids, recording, self._gather_any(recording, row))
 
     def describe(
         self, window_ids: Int64[np.ndarray, "b"], signals: Mapping[str, Int16[np.ndarray, "b samples"]]
@@ -247,20 +255,26 @@ class WindowReader:
         Raises:
             LockedSplitError: a window is of a locked test split.
         """
-        recording, _ = self._locate(window_ids)
+        return self._complete(window_ids, self._locate(window_ids)[0], signals)
+
+    def _complete(
+        self, window_ids: Int64[np.ndarray, "b"], recording: Int64[np.ndarray, "b"], signals: Mapping[str, Any]
+    ) -> Batch:
+        small = self.small[:, window_ids]
         return Batch(
             signals=signals,
-            present={name: self.present[name][window_ids] for name in self.names},
-            labels={task: self.labels[task][window_ids] for task in self.labels},
+            present=dict(zip(self.names, small[len(TASKS) :].view(np.bool_), strict=True)),
+            labels=dict(zip(TASKS, small, strict=False)),
             window_id=window_ids,
             recording=recording,
             subject=self.subjects[recording],
         )
 
     def _locate(self, window_ids: Int64[np.ndarray, "b"]) -> tuple[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]]:
-        outside = window_ids[(window_ids < 0) | (window_ids >= self.cohort.windows)]
-        if len(outside):
-            raise IndexError(f"Windows must be 0 to {self.cohort.windows - 1}, but {outside[0]} was asked for.")
+        lowest, highest = window_ids.min(initial=0), window_ids.max(initial=0)
+        if lowest < 0 or highest >= self.cohort.windows:
+            wrong = lowest if lowest < 0 else highest
+            raise IndexError(f"Windows must be 0 to {self.cohort.windows - 1}, but {wrong} was asked for.")
         self.cohort.check_unlocked(window_ids)
         recording = np.searchsorted(self.firsts, window_ids, side="right") - 1
         return recording, window_ids - self.firsts[recording]

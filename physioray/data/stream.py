@@ -6,6 +6,7 @@ rows from the shards and emit them as Arrow blocks, on whatever node has a CPU f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -26,6 +27,8 @@ from physioray.signals import TASKS, label_column, present_column
 BLOCK_BYTES = 96 * 2**20
 """Bytes of windows that a read task hands over at once: a block costs Ray tens of milliseconds, however small it is.
 Below the size at which Ray Data cuts blocks (128 MiB)."""
+FIRST_SHARE = 4
+"""The first block of a pass is so much shorter than the others."""
 LOOK_SECONDS = 0.02
 """How often Ray Data asks what of the cluster it may use, until it is told."""
 MOST_TASKS = 128
@@ -42,7 +45,9 @@ class _OrderedWindows(Datasource):
         self.modalities, self.batches = tuple(modalities), batches
         self.row_bytes = sum(2 * cohort.modalities[name].samples for name in modalities) + 64
         each = max(1, BLOCK_BYTES // self.row_bytes // max(1, len(batches[0])))
-        blocks = [np.concatenate(batches[i : i + each]) for i in range(0, len(batches), each)]
+        # A short first block, so that the first batch need not wait for a whole one.
+        edges = [0, *range(max(1, each // FIRST_SHARE), len(batches), each), len(batches)]
+        blocks = [np.concatenate(batches[i:j]) for i, j in itertools.pairwise(edges) if i < j]
         length = -(-len(blocks) // MOST_TASKS)
         self.chunks = [blocks[first : first + length] for first in range(0, len(blocks), length)]
 
