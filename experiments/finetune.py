@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="sleep,age,arousal", help="comma-separated (default all)")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions (default 1; the paper has 5)")
     parser.add_argument("--frozen", action="store_true", help="keep the encoder as it is, train the head alone")
+    parser.add_argument("--other-cohort", action="store_true", help="the encoder may come from another cohort")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default cpu)")
     options = parser.parse_args()
 
@@ -54,7 +55,7 @@ def main() -> None:
     model = checkpoint = None
     if options.checkpoint is not None:
         pretraining, identity = open_pretraining(options.checkpoint)
-        check_origin(pretraining.checkpoint, identity, cohort, protocol.splits)
+        check_origin(pretraining.checkpoint, identity, cohort, protocol.splits, other_cohort=options.other_cohort)
         checkpoint = pretraining.checkpoint.uri
     if options.strategy is not None:
         model = find_strategy(options.strategy).fit_model(fit_modalities(preset.model, cohort))
