@@ -167,21 +167,29 @@ def _count_every_loss_as_a_death() -> Iterator[None]:
 
     Ray Tune 2.60 takes only some of Ray's errors for the death of a trial, and at any other ends the whole sweep.
     """
-    original: Any = RayActorManager._actor_task_failed
+    # Private, as Ray Tune offers no other place; the test with a greedy trial notices when it changes.
+    manager: Any = RayActorManager
+    trial: Any = ray.tune.experiment.Trial
+    fail_before, ask_before = manager._actor_task_failed, trial._get_default_result_or_future
 
     def fail(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         known = (ray.exceptions.RayActorError, ray.exceptions.RayTaskError)
         if isinstance(exception, ray.exceptions.RayError) and not isinstance(exception, known):
             exception = ray.exceptions.RayActorError(error_msg=str(exception))
-        original(self, tracked_actor_task, exception)
+        fail_before(self, tracked_actor_task, exception)
 
-    # Private, as Ray Tune offers no other place; the test with a greedy trial notices when it changes.
-    manager: Any = RayActorManager
-    manager._actor_task_failed = fail
+    def ask(self: Any) -> dict[str, Any] | None:
+        try:
+            return ask_before(self)
+        except ray.exceptions.RayError:
+            self._default_result_or_future = None
+            return None
+
+    manager._actor_task_failed, trial._get_default_result_or_future = fail, ask
     try:
         yield
     finally:
-        manager._actor_task_failed = original
+        manager._actor_task_failed, trial._get_default_result_or_future = fail_before, ask_before
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from physioray.sweep_search import choose_parameters
 LOST_MACHINE = "its node has died"
 """Ray's words when a trial's machine is gone, as spot machines go: no failure of the trial's own."""
 MOST_LOSSES = 20
+LOW_MEMORY = "running low on memory"
+"""Ray's words when it has killed processes so that their machine goes on; what follows tells one kill from another."""
 
 
 class _Who:
@@ -153,8 +155,11 @@ class SweepDriver:
                 self._commit(number, "finished")
             return
         if len(record.failures) == len(before):
-            record = replace(record, failures=(*before, self.deaths.pop(number, "its process died")))
-            self.journal.write_failures(number, record.failures)
+            reason = self.deaths.pop(number, "its process died")
+            # With a trial's process Ray also kills idle ones, whose loss shows only when the next attempt is to begin.
+            if LOW_MEMORY not in reason or reason not in before:
+                record = replace(record, failures=(*before, reason))
+                self.journal.write_failures(number, record.failures)
         self.records[number] = record
         losses = sum(LOST_MACHINE in reason for reason in record.failures)
         if len(record.failures) - min(losses, MOST_LOSSES) > self.plan.max_failures:

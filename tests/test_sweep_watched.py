@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from physioray.storage import open_location
-from physioray.sweep_driver import LOST_MACHINE, SweepDriver
+from physioray.sweep_driver import LOST_MACHINE, LOW_MEMORY, SweepDriver
 from physioray.sweep_journal import SweepJournal
 from tests.sweep_trials import make_plan
 
@@ -27,6 +27,18 @@ def test_a_lost_machine_is_no_failure_of_its_trial_but_a_process_that_dies_is(tm
         driver.end_attempt(0)
         assert driver.records[0].state == state
     assert driver.is_done and len(driver.records[0].failures) == 7
+
+
+def test_one_kill_for_lack_of_memory_counts_once_however_many_processes_it_took(tmp_path: Path) -> None:
+    driver = make_driver(tmp_path, 1)
+    first, second = (f"its process died: the node {LOW_MEMORY}, {used} GB used" for used in (5.31, 5.32))
+    # An idle process that was killed with the trial's own is met by the next attempt; a second kill is another.
+    for reason, state in ((first, "planned"), (first, "planned"), (second, "failed")):
+        assert driver.start_trial() == 0
+        driver.deaths[0] = reason
+        driver.end_attempt(0)
+        assert driver.records[0].state == state
+    assert driver.records[0].failures == (first, second)
 
 
 def test_every_change_is_told_as_numbers_of_trials_that_add_up(tmp_path: Path) -> None:
