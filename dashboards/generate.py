@@ -37,30 +37,43 @@ def draw(title: str, says: str, unit: str, **queries: str) -> timeseries.Panel:
     return panel
 
 
+RUN = {"run": "$run"}
+WINDOWS = f"rate({series('physioray_windows', **RUN)}[1m])"
+"""Windows per second of every worker of the chosen runs."""
+
+
 def list_panels() -> list[tuple[str, list[timeseries.Panel]]]:
     """The dashboard's rows, top to bottom."""
-    run = {"run": "$run"}
-    windows = f"rate({series('physioray_windows', **run)}[1m])"
-    training = [
+    return [
+        ("Training", watch_training()),
+        ("GPU", watch_gpus()),
+        ("Ingest", watch_ingest()),
+        ("Sweeps", watch_sweeps()),
+    ]
+
+
+def watch_training() -> list[timeseries.Panel]:
+    """Of the chosen runs: speed, waiting, losses, progress."""
+    return [
         draw(
             "Windows per second",
             "Windows trained on, over all workers of a run. A window is 30 s of signal.",
             "short",
-            **{"{{run}}": f"sum by (run) ({windows})"},
+            **{"{{run}}": f"sum by (run) ({WINDOWS})"},
         ),
         draw(
             "Waiting for data",
             "Share of the pass so far that the first worker spent waiting for its next batch. Above a few per cent the "
             "reading is too slow: more CPUs beside the workers, or shards nearer by.",
             "percentunit",
-            **{"{{run}}": f"max by (run) ({series('physioray_wait_share', **run)})"},
+            **{"{{run}}": f"max by (run) ({series('physioray_wait_share', **RUN)})"},
         ),
         draw(
             "Training loss",
             "Loss of the last pass, over all modalities and by modality.",
             "short",
             **{
-                "{{run}} {{modality}}": f"max by (run, modality) ({series('physioray_loss', split='train', **run)})",
+                "{{run}} {{modality}}": f"max by (run, modality) ({series('physioray_loss', split='train', **RUN)})",
             },
         ),
         draw(
@@ -69,7 +82,7 @@ def list_panels() -> list[tuple[str, list[timeseries.Panel]]]:
             "short",
             **{
                 "{{run}} {{modality}}": "max by (run, modality) "
-                f"({series('physioray_loss', split='validation', **run)})",
+                f"({series('physioray_loss', split='validation', **RUN)})",
             },
         ),
         draw(
@@ -77,12 +90,16 @@ def list_panels() -> list[tuple[str, list[timeseries.Panel]]]:
             "Steps taken of all planned steps.",
             "percentunit",
             **{
-                "{{run}}": f"max by (run) ({series('physioray_steps_done', **run)}) / "
-                f"max by (run) ({series('physioray_steps_planned', **run)})"
+                "{{run}}": f"max by (run) ({series('physioray_steps_done', **RUN)}) / "
+                f"max by (run) ({series('physioray_steps_planned', **RUN)})"
             },
         ),
     ]
-    gpu = [
+
+
+def watch_gpus() -> list[timeseries.Panel]:
+    """What the GPUs do, and what the runs make of their time."""
+    return [
         draw(
             "GPU busy",
             "Share of time that a GPU had work. Low with much waiting for data: see above; low without: small batches.",
@@ -93,12 +110,16 @@ def list_panels() -> list[tuple[str, list[timeseries.Panel]]]:
             "Windows per second and busy GPU",
             "All runs together, over the GPUs' busy share: what a GPU makes of its time.",
             "short",
-            **{"all": f"sum({windows}) / (sum(ray_node_gpus_utilization) / 100)"},
+            **{"all": f"sum({WINDOWS}) / (sum(ray_node_gpus_utilization) / 100)"},
         ),
         draw("GPU memory", "Used, in MiB.", "mbytes", **{"{{instance}}": "sum by (instance) (ray_node_gram_used)"}),
     ]
+
+
+def watch_ingest() -> list[timeseries.Panel]:
+    """Of the chosen cohorts: recordings by outcome, and hours."""
     recordings = series("physioray_ingest_recordings", cohort="$cohort")
-    ingest = [
+    return [
         draw(
             "Recordings",
             "Accepted, rejected and waiting. Reasons: physioray info COHORT.",
@@ -112,8 +133,12 @@ def list_panels() -> list[tuple[str, list[timeseries.Panel]]]:
             **{"{{cohort}}": f"max by (cohort) ({series('physioray_ingest_hours', cohort='$cohort')})"},
         ),
     ]
+
+
+def watch_sweeps() -> list[timeseries.Panel]:
+    """Of the chosen sweeps: trials by state, and the best so far."""
     trials = series("physioray_sweep_trials", sweep="$sweep")
-    sweep = [
+    return [
         draw(
             "Trials",
             "By state.",
@@ -127,7 +152,6 @@ def list_panels() -> list[tuple[str, list[timeseries.Panel]]]:
             **{"{{sweep}}": f"max by (sweep) ({series('physioray_sweep_best', sweep='$sweep')})"},
         ),
     ]
-    return [("Training", training), ("GPU", gpu), ("Ingest", ingest), ("Sweeps", sweep)]
 
 
 def choose(label: str, figure: str) -> dashboard.QueryVariable:

@@ -164,18 +164,19 @@ def _score_subset(
     mine, whole = vectors[subset], vectors[tuple(names)]
     value, reference = float(balance(mine, once)[0]), float(balance(whole, once)[0])
     drawn, other = balance(mine, draws), balance(whole, draws)
-    bounds, change = bound_draws(drawn), bound_draws(drawn - other)
+    enough = len(people) >= _LEAST_PEOPLE
+    bounds, change = (bound_draws(drawn), bound_draws(drawn - other)) if enough else (None, None)
     return {
         "task": readout.task,
         "present": list(subset),
         "absent": [name for name in names if name not in subset],
         "value": value,
-        "low": bounds[0] if bounds and len(people) >= _LEAST_PEOPLE else None,
-        "high": bounds[1] if bounds and len(people) >= _LEAST_PEOPLE else None,
+        "low": bounds[0] if bounds else None,
+        "high": bounds[1] if bounds else None,
         "whole": reference,
         "change": value - reference,
-        "change_low": change[0] if change and len(people) >= _LEAST_PEOPLE else None,
-        "change_high": change[1] if change and len(people) >= _LEAST_PEOPLE else None,
+        "change_low": change[0] if change else None,
+        "change_high": change[1] if change else None,
         # Balanced accuracy is the mean over the classes that occur, so guessing is right more often where few do.
         "chance": task.chance if classes == len(task.classes) else 1 / classes,
         "windows": len(rows),

@@ -108,6 +108,8 @@ def _score_one(
 
 def explain_rarity(task: Task, true: Int[np.ndarray, "n"], subject: Int[np.ndarray, "n"]) -> str:
     """A sentence for the reader where scores rest on a class of few windows; empty where they do not."""
+    if not len(true):
+        return ""
     counts = np.bincount(true, minlength=len(task.classes))
     rarest = min((count, number) for number, count in enumerate(counts.tolist()) if count)[1]
     if counts[rarest] >= FEW_WINDOWS:

@@ -186,3 +186,4 @@ def test_a_class_of_few_windows_is_named_with_its_people():
     assert explain_rarity(AGE, np.repeat([0, 1], [200, 20]), np.arange(220) % 3) == ""
     # A class that does not occur at all is another matter: guessing is then right more often.
     assert explain_rarity(SLEEP, np.zeros(50, int), np.zeros(50, int)) == ""
+    assert explain_rarity(SLEEP, np.zeros(0, int), np.zeros(0, int)) == ""

@@ -23,7 +23,7 @@ _FLAT_STEPS = 0.75
 _FLAT_SECONDS = 0.5
 """A window is flat if this share of its seconds is constant."""
 _FEWER = (8, 2, 1)
-"""Every how manieth sample is looked at first, and then of windows that this leaves in doubt."""
+"""Of a window every eighth sample is looked at, every second if these leave it in doubt, then all."""
 _WINDOWS_AT_ONCE = 32
 _RAIL_SHARE = 0.01
 """A window is clipped if more than this share of its samples lies on the converter's ends, +-32767."""
